@@ -1,0 +1,65 @@
+"""Exact attention in blocks of queries: memory grows with keys x block, never with keys squared.
+
+Letters: B batch (or frames), N query heads, K key heads, T queries, S keys, D values of a head. Keys and values
+have one leading axis BK of B x K rows: with two axes XLA:CPU copies a cache that was just written.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+SCORE_BLOCK_BYTES = 64 << 20  # of one block of float32 scores
+
+
+def attention(
+    queries: Float[Array, "B N T D"],
+    keys: Float[Array, "BK S D"],
+    values: Float[Array, "BK S D"],
+    last_key: Int[Array, " T"],
+    valid: Bool[Array, "B S"],
+) -> Float[Array, "B N T D"]:
+    """Softmax attention; query t of row b sees key s where `valid[b, s]` and `s <= last_key[t]`.
+
+    Key head j serves query heads j*G to (j+1)*G - 1, where G = N / K. Scores and softmax are float32.
+    A query that may see nothing gets the mean of all values: finite, and never read.
+
+    Source: transformers 5.23, `eager_attention_forward`.
+    """
+    batch, heads, count, _ = queries.shape
+    block = query_block(batch * heads * keys.shape[1], count)
+    if block >= count:
+        return _attend(queries, keys, values, last_key, valid)
+    blocks = -(-count // block)
+    padding = blocks * block - count
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    stacked = queries.reshape(batch, heads, blocks, block, -1).transpose(2, 0, 1, 3, 4)
+    last = jnp.pad(last_key, (0, padding)).reshape(blocks, block)
+    outputs = jax.lax.map(lambda part: _attend(part[0], keys, values, part[1], valid), (stacked, last))
+    joined = outputs.transpose(1, 2, 0, 3, 4).reshape(batch, heads, blocks * block, -1)
+    return joined[:, :, :count]
+
+
+def query_block(scores_per_query: int, count: int) -> int:
+    """Queries per block, a power of two of at least 16, so that a block's scores fit their bytes."""
+    fitting = SCORE_BLOCK_BYTES // (4 * scores_per_query)
+    return min(count, max(16, 1 << max(fitting.bit_length() - 1, 0)))
+
+
+def _attend(
+    queries: Float[Array, "B N T D"],
+    keys: Float[Array, "BK S D"],
+    values: Float[Array, "BK S D"],
+    last_key: Int[Array, " T"],
+    valid: Bool[Array, "B S"],
+) -> Float[Array, "B N T D"]:
+    batch, heads, count, size = queries.shape
+    rows, slots, _ = keys.shape
+    grouped = queries.reshape(rows, -1, size)
+    scores = jnp.einsum("rqd,rsd->rqs", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, count, slots) * jnp.float32(size**-0.5)
+    seen = valid[:, None, None, :] & (jnp.arange(slots)[None, :] <= last_key[:, None])[None, None]
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = weights.reshape(rows, -1, slots)
+    mixed = jnp.einsum("rqs,rsd->rqd", weights, values, preferred_element_type=jnp.float32)
+    return mixed.astype(queries.dtype).reshape(batch, heads, count, size)

@@ -1,0 +1,102 @@
+"""The KV cache: static shapes, updated in place by donation.
+
+A layer's keys and values are [BK, S, D], one row of slots for every key head of every sequence: one query then
+reads them at 12 GB/s on a CPU, against 1 to 2 GB/s and a copy of the cache for [B, S, K, D]. With the axes B and K
+apart, XLA:CPU copies a float32 cache four times per step (2048 slots: 4.2 ms a layer against 1.5 ms).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from qwen3vl_jax.config import TextConfig
+from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.frames import bucket
+
+SMALLEST_CAPACITY = 64
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys (after rotation) and values of one layer."""
+
+    keys: Float[Array, "BK S D"]
+    values: Float[Array, "BK S D"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVCache:
+    """What the decoder remembers of a batch. A step that takes it consumes it and returns the next.
+
+    `valid[b, s]` says whether slot s of row b holds a real token; the first `length` slots are in use.
+    `next_position` is the rotary position of each row's next token.
+    """
+
+    layers: tuple[LayerCache, ...]
+    valid: Bool[Array, "B S"]
+    length: int
+    next_position: Int[np.ndarray, " B"]
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.valid.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots, used and free."""
+        return self.valid.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all device arrays."""
+        return sum(array.nbytes for array in jax.tree.leaves((self.layers, self.valid)))
+
+
+def new_cache(config: TextConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
+    """An empty cache of at least `capacity` slots, rounded up to a bucket."""
+    if batch < 1 or capacity < 1:
+        raise UsageError(f"cache: batch {batch} and capacity {capacity} must be positive")
+    slots = bucket(capacity, SMALLEST_CAPACITY)
+    shape = (batch * config.num_key_value_heads, slots, config.head_dim)
+    layers = tuple(
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        for _ in range(config.num_hidden_layers)
+    )
+    return KVCache(layers, jnp.zeros((batch, slots), bool), 0, np.zeros(batch, np.int32))
+
+
+def grown(cache: KVCache, capacity: int) -> KVCache:
+    """The same contents in at least `capacity` slots; the given cache is consumed when it had to grow."""
+    slots = bucket(capacity, SMALLEST_CAPACITY)
+    if slots <= cache.capacity:
+        return cache
+    layers = tuple(_grow_layer(layer, slots=slots) for layer in cache.layers)
+    valid = jnp.pad(cache.valid, ((0, 0), (0, slots - cache.capacity)))
+    return dataclasses.replace(cache, layers=layers, valid=valid)
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _grow_layer(layer: LayerCache, *, slots: int) -> LayerCache:
+    more = ((0, 0), (0, slots - layer.keys.shape[1]), (0, 0))
+    return jax.tree.map(lambda array: jnp.pad(array, more), layer)
+
+
+def write(
+    cache: LayerCache,
+    keys: Float[Array, "BK T D"],
+    values: Float[Array, "BK T D"],
+    start: Int[Array, ""],
+) -> LayerCache:
+    """Puts T new tokens into the slots from `start` on."""
+    zero = jnp.int32(0)
+    at = (zero, start, zero)
+    return LayerCache(
+        jax.lax.dynamic_update_slice(cache.keys, keys, at),
+        jax.lax.dynamic_update_slice(cache.values, values, at),
+    )

@@ -1,0 +1,103 @@
+"""What command lines share: one line of cause and one of help for every failure, and exit codes."""
+
+import argparse
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from qwen3vl_jax.errors import BadInputError, Qwen3VLError, StorageError, UsageError
+from qwen3vl_jax.interrupts import EXIT_CODE as INTERRUPTED
+from qwen3vl_jax.interrupts import Guard, guarded
+
+OUT_OF_MEMORY = 3
+
+_HELP = {
+    UsageError.exit_code: "see --help for what can be given",
+    BadInputError.exit_code: "mend or replace the input; --debug shows where it was refused",
+    StorageError.exit_code: "check the disk, its free space and permissions, and run again",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for a wrong command line."""
+        raise UsageError(message)
+
+
+def run(work: Callable[[Guard], int], *, debug: bool) -> int:
+    """Calls `work` with Ctrl-C guarded, and turns whatever it raises into messages and a code.
+
+    0; 2 wrong usage; 3 out of memory; 4 bad input; 5 I/O; 130 Ctrl-C; 1 for a mistake of ours.
+    A reader of stdout that goes away is no failure.
+    """
+    try:
+        with guarded() as guard:
+            code = work(guard)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end; nobody reads it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        return INTERRUPTED
+    except Exception as error:
+        return failed(error, debug=debug)
+
+
+def failed(error: Exception, *, debug: bool) -> int:
+    """Says what went wrong and what to do, and returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, Qwen3VLError):
+        # Our messages name the way out, where there is one, after the last semicolon.
+        cause, _, advice = str(error).rpartition("; ")
+        if not cause:
+            cause, advice = advice, _HELP[error.exit_code]
+        return _report(f"error: {cause}", advice, error.exit_code)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return _report(
+            "error: out of memory",
+            "use --dtype bfloat16, a lower --max-pixels, or fewer --max-new-tokens",
+            OUT_OF_MEMORY,
+        )
+    if isinstance(error, OSError):
+        return _report(f"error: {error}", _HELP[StorageError.exit_code], StorageError.exit_code)
+    cause = f"error: {type(error).__name__}: {' '.join(str(error).split())}"
+    return _report(cause, "this is a mistake of ours; please report it with --debug's output", 1)
+
+
+def _report(cause: str, advice: str, code: int) -> int:
+    say(cause)
+    say(advice)
+    return code
+
+
+def say(message: str) -> None:
+    """A line to stderr, which may have gone away."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  it stays open
+
+
+def peak_process_bytes() -> int:
+    """The most memory that this process has had in RAM so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_bytes() -> int | None:
+    """Bytes that this process has read through system calls so far; None where no one counts."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return int(dict(line.split(": ") for line in lines)["rchar"])

@@ -1,0 +1,95 @@
+"""Ctrl-C that works within a second, also while XLA computes or compiles.
+
+Python runs a signal's handler between two bytecodes of the main thread, so a KeyboardInterrupt
+waits until a long call into XLA returns. The C part of the handler runs at once and writes to a
+pipe that a thread reads: if the main thread has not left the guard in time, it ends the process.
+"""
+
+import contextlib
+import enum
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+EXIT_CODE = 130
+GRACE_S = 0.6
+
+
+class Meaning(enum.Enum):
+    """What Ctrl-C does.
+
+    END: KeyboardInterrupt, and the end of the process if that is not enough in time.
+    STOP: sets `stop_requested`; the second time it is END.
+    RAISE: KeyboardInterrupt only.
+    """
+
+    END = enum.auto()
+    STOP = enum.auto()
+    RAISE = enum.auto()
+
+
+class Guard:
+    """What Ctrl-C means at the moment. Owns a pipe, and the thread that watches it."""
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._left = threading.Event()
+        self._meaning = Meaning.END
+        self._presses_seen = 0
+        self.stop_requested = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+
+    @contextlib.contextmanager
+    def meaning(self, meaning: Meaning) -> Iterator[None]:
+        """Inside, Ctrl-C means this. No request to stop is pending at the start."""
+        before, self._meaning = self._meaning, meaning
+        self.stop_requested, self._presses_seen = False, 0
+        try:
+            yield
+        finally:
+            self._meaning = before
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._meaning is Meaning.STOP and not self.stop_requested:
+            self.stop_requested = True
+        else:
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        while (received := os.read(self._reader, 1)) and not self._left.is_set():
+            if received[0] != signal.SIGINT:
+                continue
+            self._presses_seen += 1
+            harmless = self._meaning is Meaning.STOP and self._presses_seen == 1
+            if harmless or self._meaning is Meaning.RAISE:
+                continue
+            if not self._left.wait(self._grace_s):
+                os.write(2, b"\ninterrupted\n")
+                os._exit(EXIT_CODE)
+
+
+@contextlib.contextmanager
+def guarded(grace_s: float = GRACE_S) -> Iterator[Guard]:
+    """Inside, Ctrl-C does what the yielded guard's `meaning` says; at first, END.
+
+    Outside the main thread, where Python handles no signals, nothing is changed.
+    """
+    guard = Guard(grace_s)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        before = signal.signal(signal.SIGINT, guard._handle)
+        wakeup_before = signal.set_wakeup_fd(guard._writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=guard._watch, name="ctrl-c", daemon=True)
+    watcher.start()
+    try:
+        yield guard
+    finally:
+        guard._left.set()
+        if in_main_thread:
+            signal.set_wakeup_fd(wakeup_before)
+            signal.signal(signal.SIGINT, before)
+        os.close(guard._writer)
+        watcher.join()
+        os.close(guard._reader)

@@ -1,0 +1,67 @@
+"""A product kernel for few rows on x86-64: built at its first use, or reported as absent.
+
+XLA:CPU has no formulation that reads a 16-bit weight at the speed of memory inside a whole layer
+(DECISIONS.md has the figures), so linear.cc does, called through jax.ffi. Where there is no
+compiler, no AVX2 or another processor, `linear` uses XLA alone: the same results within rounding.
+`QWEN3VL_JAX_KERNELS=off` asks for that on purpose.
+"""
+
+import dataclasses
+import functools
+import os
+import platform
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qwen3vl_jax.kernels.build import BuildError, load_cached
+
+INSTRUCTION_SETS = ("avx512", "avx2")  # the best first
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """Which instruction sets the kernel can use here, the best first; with none, XLA computes."""
+
+    instruction_sets: tuple[str, ...]
+    reason: str
+
+    @property
+    def active(self) -> bool:
+        """Is there a kernel to call?"""
+        return bool(self.instruction_sets)
+
+
+@functools.cache
+def status() -> Status:
+    """Build if needed, load and register the kernel, once per process; never raises."""
+    if os.environ.get("QWEN3VL_JAX_KERNELS") == "off":
+        return Status((), "switched off by QWEN3VL_JAX_KERNELS=off")
+    if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
+        return Status((), f"there is no kernel for {platform.system()} on {platform.machine()}")
+    try:
+        library = load_cached()
+    except (BuildError, OSError) as error:
+        return Status((), str(error))
+    usable = tuple(name for name in INSTRUCTION_SETS if library[f"qwen3vl_has_{name}"]())
+    for name in usable:
+        handler = library[f"qwen3vl_linear_{name}"]
+        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(handler), platform="cpu")
+    return Status(usable, usable[0] if usable else "this processor has neither AVX2 nor AVX-512")
+
+
+def few_rows_product(
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"], *, instruction_set: str | None = None
+) -> Float[Array, "rows out"]:
+    """`rows @ weight.T` in float32 on a CPU, each row computed as if it were alone.
+
+    Only where `status()` is active; `instruction_set` is one of those, by default the best.
+    """
+    name = instruction_set or status().instruction_sets[0]
+    result = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(_target(name), result)(rows, weight)
+
+
+def _target(instruction_set: str) -> str:
+    return f"qwen3vl_jax_linear_{instruction_set}"

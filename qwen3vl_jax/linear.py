@@ -1,0 +1,124 @@
+"""The product with a weight in the checkpoint's own [out, in] layout, formulated in one place.
+
+At equal mathematics the formulation decides the speed on XLA:CPU by a factor of 40; `formulation`
+is the table, made by `scripts/bench.py --formulations`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from qwen3vl_jax import kernels
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+BLOCK_OUTPUTS = 256  # rows of a float16 weight that are widened at a time: 2 MB of 2048 each
+
+
+def linear(
+    x: Float[Array, "*rows in"],
+    weight: Float[Array, "out in"],
+    bias: Float[Array, " out"] | None = None,
+) -> Float[Array, "*rows out"]:
+    """`x @ weight.T + bias`, summed in float32, in the dtype of `x`.
+
+    Can be differentiated, once or more, forwards or backwards, whatever formulation is chosen.
+
+    Raises:
+        TypeError: if `x` and `weight` differ in dtype: one of them would be copied, in silence.
+    """
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"linear: x is {x.dtype} and weight {weight.shape} is {weight.dtype}; "
+            "they must share a dtype: convert one of them where it is made"
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    product = _product(rows, weight)
+    if bias is not None:
+        product = product + bias.astype(jnp.float32)[None]
+    return product.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def formulation(rows: int, dtype: jnp.dtype, *, kernel: bool) -> str:
+    """The name of the fastest of `FORMULATIONS` on a CPU, where `kernel` says if there is one.
+
+    A name from the table, by the number of rows:
+
+    | dtype    | with kernel      | without                      |
+    |----------|------------------|------------------------------|
+    | bfloat16 | 1-8 kernel       | 1 two_rows                   |
+    | float16  | 1-16 kernel      | 1-16 blocks                  |
+    | float32  | 1-8 kernel       |                              |
+    | any      | more: contract   | more: contract               |
+    """
+    name = jnp.dtype(dtype).name
+    if kernel and rows <= KERNEL_ROWS.get(name, 0):
+        return "kernel"
+    if name == "bfloat16" and rows == 1:
+        return "two_rows"
+    if name == "float16" and rows <= 16:
+        return "blocks"
+    return "contract"
+
+
+KERNEL_ROWS = {"bfloat16": 8, "float16": 16, "float32": 8}
+
+
+def contract(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+    """One contraction: what accelerators want, and XLA:CPU for many rows."""
+    return jnp.einsum("ri,oi->ro", rows, weight, preferred_element_type=jnp.float32)
+
+
+def two_rows(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+    """One row computed twice: for a single one XLA:CPU would copy the weight to float32."""
+    return contract(jnp.concatenate([rows, rows]), weight)[: rows.shape[0]]
+
+
+def blocks(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+    """Widens the weight to float32 block by block, in the cache: XLA:CPU would widen all of it."""
+    outputs = weight.shape[0]
+    size = min(BLOCK_OUTPUTS, outputs)
+    wide = rows.astype(jnp.float32)
+
+    def add_block(index: jax.Array, product: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * size, outputs - size)  # the last block may overlap
+        part = lax.dynamic_slice_in_dim(weight, start, size).astype(jnp.float32)
+        return lax.dynamic_update_slice_in_dim(product, contract(wide, part), start, axis=1)
+
+    empty = jnp.zeros((rows.shape[0], outputs), jnp.float32)
+    return lax.fori_loop(0, -(-outputs // size), add_block, empty)
+
+
+FORMULATIONS: dict[str, Product] = {
+    "blocks": blocks,
+    "contract": contract,
+    "kernel": kernels.few_rows_product,
+    "two_rows": two_rows,
+}
+
+
+def _product(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+    # Asked for only where it could be used: a build for an accelerator compiles no kernel.
+    kernel = jax.default_backend() == "cpu" and kernels.status().active
+    chosen = formulation(rows.shape[0], rows.dtype, kernel=kernel)
+    return contract(rows, weight) if chosen == "contract" else _few_rows(rows, weight, chosen)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _few_rows(
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"], name: str
+) -> Float[Array, "rows out"]:
+    """The named formulation if this is compiled for a CPU, `contract` for anything else."""
+    return lax.platform_dependent(rows, weight, cpu=FORMULATIONS[name], default=contract)
+
+
+@_few_rows.defjvp
+def _few_rows_derivative(
+    name: str, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (rows, weight), (d_rows, d_weight) = primals, tangents
+    return _few_rows(rows, weight, name), contract(d_rows, weight) + contract(rows, d_weight)

@@ -1,0 +1,190 @@
+"""The manifest of a store: what it must hold, to the byte.
+
+manifest.json is written last, in one spelling only, and carries a digest of itself: whatever
+changes in it is noticed. It implies every zarr.json, so tensorstore opens nothing on trust.
+
+    {"format": "qwen3vl-store", "version": 1, "chunk_bytes": 4194304,
+     "arrays": {path: {"dtype", "shape", "sha256"}},      sha256 of the values, row by row
+     "files": {name: {"nbytes", "sha256"}},               everything else in the directory
+     "source": {"kind", "dtype", "shards": {name: {"nbytes", "sha256"}}},
+     "digest": sha256 of all of the above}
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3vl_jax.errors import WeightError
+from qwen3vl_jax.files import DTYPES, sha256
+from qwen3vl_jax.safetensors_file import strict_json
+
+FORMAT = "qwen3vl-store"
+VERSION = 1
+ZARR_NAME = "zarr.json"
+CHUNK_BYTES = 4 * 2**20
+MANIFEST_BYTES = 512 * 2**20
+KINDS = ("huggingface", "orbax")
+DTYPE_CHOICES = ("keep", *DTYPES)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Plain names, or plain names below source/.
+_FILE_NAME = re.compile(r"(source/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array: dtype name, shape, and SHA-256 of its values in row-major order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        size = DTYPES[self.dtype].itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredFile:
+    """Size and SHA-256 of a file."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights came from: the format, the --dtype, and the original files, if any."""
+
+    kind: str
+    dtype: str
+    shards: Mapping[str, StoredFile]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything in a store."""
+
+    arrays: Mapping[str, StoredArray]
+    files: Mapping[str, StoredFile]
+    source: Source
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The one spelling of a manifest."""
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "chunk_bytes": CHUNK_BYTES,
+        **dataclasses.asdict(manifest),
+    }
+    return _spell(body | {"digest": sha256(_spell(body))})
+
+
+def decode(raw: bytes, label: str) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        WeightError: if it is of another format or version, malformed, or changed.
+    """
+    body = strict_json(raw, label)
+    if body.get("format") != FORMAT:
+        raise WeightError(f"{label} is no manifest of ours; convert the model again")
+    if body.get("version") != VERSION or body.get("chunk_bytes") != CHUNK_BYTES:
+        raise WeightError(
+            f"{label} has version {body.get('version')!r} and chunks of "
+            f"{body.get('chunk_bytes')!r} B, wanted {VERSION} and {CHUNK_BYTES}; "
+            "convert the model again"
+        )
+    digest = body.pop("digest", None)
+    if digest != sha256(_spell(body)) or _spell(body | {"digest": digest}) != raw:
+        raise WeightError(f"{label} is damaged: it does not match its digest; convert again")
+    try:
+        return _manifest(body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightError(f"{label} is malformed ({error!r:.100}); convert again") from None
+
+
+def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
+    """Whole rows per chunk: as few chunks of at most 4 MiB as possible, of equal size."""
+    row_bytes = itemsize
+    for length in shape[1:]:
+        row_bytes *= length
+    most = max(1, CHUNK_BYTES // row_bytes)
+    chunks = -(-shape[0] // most)
+    return -(-shape[0] // chunks)
+
+
+def zarr_metadata(array: StoredArray) -> dict[str, Any]:
+    """What tensorstore is told about an array."""
+    rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
+    chunk = [rows, *array.shape[1:]]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(array.shape),
+        "data_type": array.dtype,
+        "fill_value": 0.0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        # c.0.0 and not c/0/0: all chunks of an array lie in one directory.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }
+
+
+def zarr_json(array: StoredArray) -> bytes:
+    """The exact bytes of an array's zarr.json."""
+    return _spell(zarr_metadata(array))
+
+
+def chunk_files(array: StoredArray) -> dict[str, int]:
+    """Name -> size of the chunk files of an array. Every chunk is full; 4 B are its crc32c."""
+    itemsize = DTYPES[array.dtype].itemsize
+    rows = chunk_rows(array.shape, itemsize)
+    size = array.nbytes // array.shape[0] * rows + 4
+    zeros = ".0" * (len(array.shape) - 1)
+    return {f"c.{chunk}{zeros}": size for chunk in range(-(-array.shape[0] // rows))}
+
+
+def _spell(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    if set(body) != {"format", "version", "chunk_bytes", "arrays", "files", "source"}:
+        raise ValueError("unknown or missing keys")
+    source = body["source"]
+    if source["kind"] not in KINDS or source["dtype"] not in DTYPE_CHOICES or len(source) != 3:
+        raise ValueError("unknown source")
+    return Manifest(
+        {name: _array(entry) for name, entry in body["arrays"].items()},
+        {name: _file(name, entry) for name, entry in body["files"].items()},
+        Source(
+            source["kind"],
+            source["dtype"],
+            {name: _file(name, entry) for name, entry in source["shards"].items()},
+        ),
+    )
+
+
+def _array(entry: dict[str, Any]) -> StoredArray:
+    shape = tuple(entry["shape"])
+    if not shape or any(type(length) is not int or not 0 < length < 2**48 for length in shape):
+        raise ValueError("bad shape")
+    if entry["dtype"] not in DTYPES or not _SHA256.fullmatch(entry["sha256"]) or len(entry) != 3:
+        raise ValueError("bad array")
+    return StoredArray(entry["dtype"], shape, entry["sha256"])
+
+
+def _file(name: str, entry: dict[str, Any]) -> StoredFile:
+    size = entry["nbytes"]
+    if not _FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(entry["sha256"]):
+        raise ValueError("bad file")
+    if type(size) is not int or size < 0 or len(entry) != 2:
+        raise ValueError("bad file size")
+    return StoredFile(size, entry["sha256"])

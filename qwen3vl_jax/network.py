@@ -1,0 +1,207 @@
+"""The whole network and its forward pass, as calls of the steps in `vision` and `text`.
+
+Array names are pytree paths, which are the checkpoint's tensor names without the leading `model.`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from qwen3vl_jax import text, vision
+from qwen3vl_jax.cache import LayerCache
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.frames import AnyArray, Piece
+
+
+class Qwen3VLNetwork(nnx.Module):
+    """All weights; nothing else. A tied model has no `lm_head`: the embedding is its head."""
+
+    def __init__(
+        self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs, vocab_blocks: int = 1
+    ) -> None:
+        make = functools.partial(
+            text.VocabularyMatrix, config.text, blocks=vocab_blocks, dtype=dtype, rngs=rngs
+        )
+        self.visual = vision.VisionTower(config.vision, dtype=dtype, rngs=rngs)
+        self.language_model = text.Decoder(
+            config.text, vocab_blocks=vocab_blocks, dtype=dtype, rngs=rngs
+        )
+        self.lm_head = None if config.tie_word_embeddings else make()
+
+    @property
+    def head(self) -> text.VocabularyMatrix:
+        """The matrix that scores the vocabulary."""
+        return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
+
+
+def abstract_network(config: Config, *, dtype: DTypeLike, vocab_blocks: int = 1) -> Qwen3VLNetwork:
+    """Shapes and dtypes of all weights, with no memory behind them."""
+    return nnx.eval_shape(
+        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=nnx.Rngs(0), vocab_blocks=vocab_blocks)
+    )
+
+
+def named_arrays(network: Qwen3VLNetwork) -> dict[str, Array]:
+    """Every array under its path, in a fixed order."""
+    flat = nnx.to_flat_state(nnx.state(network, nnx.Param))
+    return {".".join(map(str, path)): param.get_value() for path, param in flat}
+
+
+def network_from_arrays(network: Qwen3VLNetwork, arrays: Mapping[str, Array]) -> Qwen3VLNetwork:
+    """The (abstract) `network` with `arrays` in the place of its own; every path must be given."""
+    graph, state = nnx.split(network)
+    filled = [
+        (path, param.replace(arrays[".".join(map(str, path))]))
+        for path, param in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "deepstack"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, slots=True)
+class Features:
+    """What the vision tower says of all pictures: tokens, and one more set per DeepStack block."""
+
+    tokens: Float[Array, "rows H"]
+    deepstack: tuple[Float[Array, "rows H"], ...]
+
+
+LayerStep = Callable[..., tuple[jax.Array, LayerCache]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input_ids", "valid", "positions", "feature_rows"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens, and what the decoder reads beside them.
+
+    `feature_rows` holds, at every placeholder, the row of its vision token among all features, and a number
+    past the end elsewhere.
+    """
+
+    input_ids: Int[AnyArray, "B T"]
+    valid: Bool[AnyArray, "B T"]
+    positions: Int[AnyArray, "3 B T"]
+    feature_rows: Int[AnyArray, "B T"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "pieces"],
+    meta_fields=["feature_count"],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything a forward pass reads, prepared on the host by `inputs.prepare`.
+
+    `feature_count` is the number of vision tokens of all `pieces`, rounded up to a bucket; 0 without pictures.
+    """
+
+    tokens: Chunk
+    pieces: tuple[Piece, ...]
+    feature_count: int
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def collect(
+    rows: Float[Array, "rows H"], piece: Float[Array, "F tokens H"], token_rows: Int[Array, "F tokens"]
+) -> Float[Array, "rows H"]:
+    """Step: puts the tokens of a piece in their rows; padding goes nowhere."""
+    return rows.at[token_rows].set(piece, mode="drop")
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def empty_rows(*, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "rows H"]:
+    """Step: a fresh array of zeros."""
+    return jnp.zeros(shape, dtype)
+
+
+def encode(
+    tower: vision.VisionTower, pieces: Iterable[Piece], feature_count: int, config: Config
+) -> Features:
+    """Runs all pieces through the vision tower."""
+    shape = (feature_count, config.text.hidden_size)
+    dtype = tower.pos_embed.weight[...].dtype
+    sets = [
+        empty_rows(shape=shape, dtype=dtype)
+        for _ in range(1 + len(config.vision.deepstack_visual_indexes))
+    ]
+    for piece in pieces:
+        tokens, deepstack = vision.encode_frames(
+            tower,
+            piece.patches,
+            piece.taps,
+            piece.shares,
+            piece.rows_columns,
+            piece.valid,
+            config=config.vision,
+        )
+        sets = [
+            collect(rows, part, piece.token_rows)
+            for rows, part in zip(sets, (tokens, *deepstack), strict=True)
+        ]
+    return Features(sets[0], tuple(sets[1:]))
+
+
+def forward(network: Qwen3VLNetwork, batch: Batch, config: Config) -> Float[Array, "B T V"]:
+    """Scores at every position, float32. Differentiable for dense models; works under one jit.
+
+    The steps are the same as in cached generation, so this is also its reference.
+    """
+    tokens, count = batch.tokens, batch.feature_count
+    features = encode(network.visual, batch.pieces, count, config) if count else None
+    decoder, rope = network.language_model, config.text.rope
+    x = text.embed_tokens(decoder.embed_tokens, tokens.input_ids)
+    if features is not None:
+        x = text.place_features(x, features.tokens, tokens.feature_rows)
+    cos, sin = text.text_angles(tokens.positions, rope=rope, head_dim=config.text.head_dim)
+    for index, layer in enumerate(decoder.layers):
+        x = text.decoder_layer(layer, x, cos, sin, tokens.valid)
+        if features is not None and index < len(features.deepstack):
+            x = text.add_features(x, features.deepstack[index], tokens.feature_rows)
+    return text.head(decoder.norm, network.head, x)
+
+
+def layer_steps(network: Qwen3VLNetwork) -> list[LayerStep]:
+    """The decoder's layers as calls of one step, for `extend`."""
+    return [functools.partial(text.cached_layer, layer) for layer in network.language_model.layers]
+
+
+def extend(
+    network: Qwen3VLNetwork,
+    steps: Sequence[LayerStep],
+    chunk: Chunk,
+    features: Features | None,
+    layers: tuple[LayerCache, ...],
+    start: Int[AnyArray, ""],
+    valid: Bool[Array, "B S"],
+    config: Config,
+) -> tuple[Float[Array, "B T H"], tuple[LayerCache, ...]]:
+    """Runs T new tokens through all layers on top of a cache; returns hidden values and the cache.
+
+    Args:
+        steps: the layers, as from `layer_steps`.
+        features: None when none of the new tokens is a placeholder.
+        start: the first slot of the new tokens.
+        valid: real tokens among all slots, the new ones included.
+    """
+    x = text.embed_tokens(network.language_model.embed_tokens, chunk.input_ids)
+    if features is not None:
+        x = text.place_features(x, features.tokens, chunk.feature_rows)
+    rope, head_dim = config.text.rope, config.text.head_dim
+    cos, sin = text.text_angles(chunk.positions, rope=rope, head_dim=head_dim)
+    written = []
+    for index, (step, cache) in enumerate(zip(steps, layers, strict=True)):
+        x, cache = step(x, cos, sin, cache, start, valid)
+        written.append(cache)
+        if features is not None and index < len(features.deepstack):
+            x = text.add_features(x, features.deepstack[index], chunk.feature_rows)
+    return x, tuple(written)

@@ -1,0 +1,98 @@
+"""Our store: one zarr array per weight, in checksummed chunks of at most 4 MiB.
+
+It is also the disk tier of the model: any array, or any rows of one, is read alone.
+
+    DIR/manifest.json   config.json   tokenizer.json   ...
+    DIR/arrays/<path>/zarr.json   c.0.0   c.1.0   ...
+
+A chunk is raw little-endian values and their crc32c, which tensorstore checks at every read.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import WeightError
+from qwen3vl_jax.files import DTYPES, read_small, sha256
+from qwen3vl_jax.manifest import MANIFEST_BYTES, Manifest, decode
+from qwen3vl_jax.weights import MANIFEST_NAME, Entry, arrays
+from qwen3vl_jax.zarr_array import read_rows
+
+ARRAYS_NAME = "arrays"
+
+
+class Store:
+    """A store opened for reading. It holds no files open between reads."""
+
+    def __init__(self, directory: Path, config: Config) -> None:
+        """Read the manifest and compare it with the model.
+
+        Raises:
+            WeightError: if the manifest is damaged, or describes another model than `config`.
+            StorageError: if the system refuses.
+        """
+        self.directory = directory
+        label = str(directory / MANIFEST_NAME)
+        self.manifest = decode(read_small(directory / MANIFEST_NAME, MANIFEST_BYTES), label)
+        check_arrays(self.manifest, config, label)
+        check_file(directory, "config.json", self.manifest)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.manifest.arrays.values())
+
+    def dtype_of(self, entry: Entry) -> np.dtype:
+        """The dtype on disk."""
+        return DTYPES[self.manifest.arrays[entry.array].dtype]
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """One array, as `weights.Checkpoint.read` says."""
+        array = self.manifest.arrays[entry.array]
+        first, stop = entry.rows or (0, array.shape[0])
+        return read_rows(self.directory / ARRAYS_NAME, entry.array, array, first, stop)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_arrays(manifest: Manifest, config: Config, label: str) -> None:
+    """Whether a manifest lists exactly the arrays of the model.
+
+    Raises:
+        WeightError: naming the first array that is missing, unknown or misshapen.
+    """
+    wanted = {entry.array: entry.shape for entry in arrays(config)}
+    for name in sorted(wanted.keys() ^ manifest.arrays.keys()):
+        fault = "misses array" if name in wanted else "holds an unknown array"
+        raise WeightError(f"{label} {fault} {name!r}; it belongs to another config.json")
+    for name, shape in wanted.items():
+        found = manifest.arrays[name].shape
+        if found != shape:
+            raise WeightError(
+                f"{label}: {name!r} is {list(found)}, but config.json wants {list(shape)}; "
+                "it belongs to another config.json"
+            )
+
+
+def check_file(directory: Path, name: str, manifest: Manifest) -> bytes:
+    """The content of a file beside the arrays.
+
+    Raises:
+        WeightError: if it is not the one that the manifest knows.
+    """
+    content = read_small(directory / name, MANIFEST_BYTES)
+    wanted = manifest.files.get(name)
+    if wanted is None or (len(content), sha256(content)) != (wanted.nbytes, wanted.sha256):
+        raise WeightError(
+            f"{directory / name} is not the file that {MANIFEST_NAME} knows: it was changed or "
+            "is damaged; convert the model again"
+        )
+    return content

@@ -1,0 +1,140 @@
+"""Convert a checkpoint: Hugging Face or Orbax to our store, and a store back to either.
+
+python scripts/convert.py SRC DST                a store, from a Hugging Face directory or Orbax
+python scripts/convert.py STORE DST --to-hf      safetensors files, as they were
+python scripts/convert.py STORE DST --to-orbax   an Orbax checkpoint
+python scripts/convert.py STORE --verify         read a store again, check every byte
+python scripts/convert.py SRC DST --verify       convert unless DST exists, then read both again
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one conversion. Returns 0, 2 wrong usage, 4 bad input, 5 input/output, 130 Ctrl-C."""
+    arguments = _parse(argv)
+    from qwen3vl_jax.errors import Qwen3VLError
+
+    try:
+        print(_run(arguments))
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        print("run the same command again to continue", file=sys.stderr)
+        return 130
+    except (Qwen3VLError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        cause, _, advice = str(error).rpartition("; ")
+        print(f"error: {cause or advice}", file=sys.stderr)
+        print(advice if cause else "run it again with --debug to see where", file=sys.stderr)
+        return error.exit_code if isinstance(error, Qwen3VLError) else 5
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from qwen3vl_jax import __version__
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="directory to read")
+    parser.add_argument("destination", metavar="DST", type=Path, nargs="?", help="new directory")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--to-hf", action="store_true", help="write safetensors files")
+    target.add_argument("--to-orbax", action="store_true", help="write an Orbax checkpoint")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        help="dtype of the arrays in the new store (default: keep)",
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything again and compare")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    arguments = parser.parse_args(argv)
+    exports = arguments.to_hf or arguments.to_orbax
+    if arguments.destination is None and (exports or arguments.dtype or not arguments.verify):
+        parser.error("DST is missing; without it only --verify can be done")
+    if exports and arguments.dtype:
+        parser.error("--dtype is chosen when a store is made; an export keeps it")
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> str:
+    from qwen3vl_jax import verification
+
+    source, destination = arguments.source, arguments.destination
+    with _ProgressBar() as progress:
+        if destination is None:
+            verification.verify_store(source, progress=progress)
+            return f"{source}: every byte is as the manifest says"
+        if not (arguments.verify and destination.exists()):
+            _convert(arguments, progress)
+        if arguments.verify:
+            verification.verify(source, destination, progress=progress)
+            return f"{destination} holds the same model as {source}"
+    return f"wrote {destination}"
+
+
+def _convert(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
+    source, destination = arguments.source, arguments.destination
+    if arguments.to_orbax:
+        from qwen3vl_jax.orbax_exchange import to_orbax
+
+        to_orbax(source, destination, progress=progress)
+    elif arguments.to_hf:
+        from qwen3vl_jax.hf_export import to_hf
+
+        to_hf(source, destination, progress=progress)
+    else:
+        from qwen3vl_jax.conversion import to_store
+
+        to_store(source, destination, dtype=arguments.dtype or "keep", progress=progress)
+
+
+class _ProgressBar:
+    """Bytes, rate and time left on stderr; one bar per stage, drawn only on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """Draw a new bar."""
+        self._task = self._progress.add_task(name, total=total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        self._progress.advance(self._task, nbytes)
+
+    def __enter__(self) -> "_ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,43 @@
+"""Switches that hold for every test, and the tiny checkpoints that many tests share."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import jax
+import pytest
+import tiny
+
+if TYPE_CHECKING:
+    from qwen3vl_jax import Qwen3VL
+
+# A silent change of dtype or rank is how ports go wrong.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every run; time limits belong to pytest-timeout.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Qwen3VL]":
+    """`tiny_model(name, dtype="float32")`: a checkpoint of tests/tiny.py, loaded once."""
+    # Imported here: the hook that checks shapes must be installed before.
+    from qwen3vl_jax import Qwen3VL
+
+    @functools.cache
+    def load(name: str, dtype: str = "float32") -> Qwen3VL:
+        return Qwen3VL.from_pretrained(
+            tiny.checkpoint(name, tmp_path_factory.mktemp("tiny")), dtype=dtype
+        )
+
+    return load
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Path]":
+    """`tiny_checkpoint(name)`: the directory of a checkpoint of tests/tiny.py."""
+    return lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,87 @@
+"""Ctrl-C, in child processes that do what is hardest to interrupt."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# Hashing for a minute is one C call that lets go of the GIL, as calls into XLA are.
+LONG_CALL = """
+import hashlib
+from qwen3vl_jax import interrupts
+with interrupts.guarded() as guard:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+"""
+
+ANSWERING = """
+import sys, time
+from qwen3vl_jax import interrupts
+from qwen3vl_jax.interrupts import Meaning
+with interrupts.guarded() as guard:
+    with guard.meaning(Meaning.STOP):
+        print("ready", flush=True)
+        while not guard.stop_requested:
+            time.sleep(0.01)
+    print("stopped", flush=True)
+    with guard.meaning(Meaning.RAISE):
+        try:
+            print("waiting", flush=True)
+            time.sleep(30)
+        except KeyboardInterrupt:
+            time.sleep(0.8)
+            print("raised", flush=True)
+    print("left", flush=True)
+"""
+
+STUCK_ANSWER = """
+import hashlib
+from qwen3vl_jax import interrupts
+from qwen3vl_jax.interrupts import Meaning
+with interrupts.guarded() as guard, guard.meaning(Meaning.STOP):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+"""
+
+
+def started(code: str) -> subprocess.Popen[str]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def test_ctrl_c_ends_a_process_that_is_inside_one_long_call() -> None:
+    child = started(LONG_CALL)
+    sent = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, complaints = child.communicate(timeout=20)
+    assert time.monotonic() - sent < 1.0
+    assert child.returncode == 130
+    assert "interrupted" in complaints
+
+
+def test_while_answering_the_first_ctrl_c_stops_and_while_waiting_it_only_raises() -> None:
+    child = started(ANSWERING)
+    assert child.stdout is not None
+    child.send_signal(signal.SIGINT)
+    assert [child.stdout.readline() for _ in range(2)] == ["stopped\n", "waiting\n"]
+    child.send_signal(signal.SIGINT)
+    rest, complaints = child.communicate(timeout=20)
+    assert (rest, complaints, child.returncode) == ("raised\nleft\n", "", 0)
+
+
+def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop() -> None:
+    child = started(STUCK_ANSWER)
+    child.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(timeout=1.0)
+    sent = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=20)
+    assert time.monotonic() - sent < 1.0
+    assert child.returncode == 130
