@@ -1,7 +1,8 @@
 """Exact attention in blocks of queries: memory grows with keys x block, never with keys squared.
 
-Letters: B batch (or frames), N query heads, K key heads, T queries, S keys, D values of a head. Keys and values
-have one leading axis BK of B x K rows: with two axes XLA:CPU copies a cache that was just written.
+Letters: B batch (or frames), N query heads, K key heads, T queries, S keys, D values of a head.
+Keys and values have one leading axis BK of B x K rows: with two axes XLA:CPU copies a cache that
+was just written.
 """
 
 import jax
@@ -20,8 +21,8 @@ def attention(
 ) -> Float[Array, "B N T D"]:
     """Softmax attention; query t of row b sees key s where `valid[b, s]` and `s <= last_key[t]`.
 
-    Key head j serves query heads j*G to (j+1)*G - 1, where G = N / K. Scores and softmax are float32.
-    A query that may see nothing gets the mean of all values: finite, and never read.
+    Key head j serves query heads j*G to (j+1)*G - 1, where G = N / K. Scores and softmax are
+    float32. A query that may see nothing gets the mean of all values: finite, and never read.
 
     Source: transformers 5.23, `eager_attention_forward`.
     """
@@ -34,13 +35,15 @@ def attention(
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
     stacked = queries.reshape(batch, heads, blocks, block, -1).transpose(2, 0, 1, 3, 4)
     last = jnp.pad(last_key, (0, padding)).reshape(blocks, block)
-    outputs = jax.lax.map(lambda part: _attend(part[0], keys, values, part[1], valid), (stacked, last))
+    outputs = jax.lax.map(
+        lambda part: _attend(part[0], keys, values, part[1], valid), (stacked, last)
+    )
     joined = outputs.transpose(1, 2, 0, 3, 4).reshape(batch, heads, blocks * block, -1)
     return joined[:, :, :count]
 
 
 def query_block(scores_per_query: int, count: int) -> int:
-    """Queries per block, a power of two of at least 16, so that a block's scores fit their bytes."""
+    """Queries per block: a power of two, at least 16, whose scores fit their bytes."""
     fitting = SCORE_BLOCK_BYTES // (4 * scores_per_query)
     return min(count, max(16, 1 << max(fitting.bit_length() - 1, 0)))
 

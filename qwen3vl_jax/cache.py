@@ -1,8 +1,9 @@
 """The KV cache: static shapes, updated in place by donation.
 
-A layer's keys and values are [BK, S, D], one row of slots for every key head of every sequence: one query then
-reads them at 12 GB/s on a CPU, against 1 to 2 GB/s and a copy of the cache for [B, S, K, D]. With the axes B and K
-apart, XLA:CPU copies a float32 cache four times per step (2048 slots: 4.2 ms a layer against 1.5 ms).
+A layer's keys and values are [BK, S, D], one row of slots for every key head of every sequence: one
+query then reads them at 12 GB/s on a CPU, against 1 to 2 GB/s and a copy of the cache for [B, S, K,
+D]. With the axes B and K apart, XLA:CPU copies a float32 cache four times per step (2048 slots: 4.2
+ms a layer against 1.5 ms).
 """
 
 import dataclasses
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.frames import bucket
 
 SMALLEST_CAPACITY = 64
 
@@ -33,8 +34,8 @@ class LayerCache:
 class KVCache:
     """What the decoder remembers of a batch. A step that takes it consumes it and returns the next.
 
-    `valid[b, s]` says whether slot s of row b holds a real token; the first `length` slots are in use.
-    `next_position` is the rotary position of each row's next token.
+    `valid[b, s]` says whether slot s of row b holds a real token; the first `length` slots are in
+    use. `next_position` is the rotary position of each row's next token.
     """
 
     layers: tuple[LayerCache, ...]
@@ -72,7 +73,7 @@ def new_cache(config: TextConfig, *, batch: int, capacity: int, dtype: DTypeLike
 
 
 def grown(cache: KVCache, capacity: int) -> KVCache:
-    """The same contents in at least `capacity` slots; the given cache is consumed when it had to grow."""
+    """The same contents in at least `capacity` slots; a cache that had to grow is consumed."""
     slots = bucket(capacity, SMALLEST_CAPACITY)
     if slots <= cache.capacity:
         return cache

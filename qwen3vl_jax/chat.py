@@ -130,14 +130,17 @@ class Chat:
         )
 
     def _prompted(self, model: Any, turn: Turn) -> tuple[Session, float]:
-        held = self._session.length if turn.continues and self._session is not None else 0
-        tokens = held + turn.inputs["input_ids"].shape[1]
-        check_positions(model, tokens, self._settings.max_new_tokens)
+        session = self._session if turn.continues else None
+        tokens = turn.inputs["input_ids"].shape[1] + (0 if session is None else session.length)
         capacity = tokens + self._settings.max_new_tokens
-        if self._session is None or not turn.continues:
+        check_positions(model, tokens, self._settings.max_new_tokens)
+        if session is None:
             self._session = None  # Two caches at once may not fit.
-            self._session = Session(model, batch=1, capacity=capacity)
-        return self._session, self._session.prompt(turn.inputs, capacity=capacity)
+            session = self._session = Session(model, batch=1, capacity=capacity)
+        elif capacity > session.capacity:
+            # A larger cache is a new shape and compiles anew, so it should last for some turns.
+            capacity = min(2 * capacity, model.config.text.max_position_embeddings)
+        return session, session.prompt(turn.inputs, capacity=capacity)
 
     def _said(self) -> list[Message]:
         if self._answer is None:

@@ -1,7 +1,7 @@
 """What a checkpoint's config.json says, as typed and range-checked data.
 
-Both dialects are read: the released files (written by transformers 4.57) and what transformers 5 saves.
-A setting that would change the numbers and that we do not compute is an error that names it.
+Both dialects are read: the released files (written by transformers 4.57) and what transformers 5
+saves. A setting that would change the numbers and that we do not compute is an error that names it.
 
 Source: transformers 5.23, `configuration_qwen3_vl.py` and `configuration_qwen3_vl_moe.py`.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import ConfigError
+from qwen3vl_jax.json_section import Section
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -116,93 +117,37 @@ class Config:
     transformers_version: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Section:
-    """One JSON object, with its name for messages."""
-
-    name: str
-    values: Mapping[str, Any]
-
-    def fail(self, key: str, rule: str) -> ConfigError:
-        found = json.dumps(self.values.get(key), default=repr)[:80]
-        return ConfigError(f"config: {self.name}{key} {rule}, found {found}")
-
-    def integer(self, key: str, default: int | None, low: int, high: int) -> int:
-        value = self.values.get(key, default)
-        if value is None and default is not None:
-            value = default
-        if type(value) is not int or not low <= value <= high:
-            raise self.fail(key, f"must be a whole number from {low:,} to {high:,}")
-        return value
-
-    def number(self, key: str, default: float | None, low: float, high: float) -> float:
-        value = self.values.get(key, default)
-        if value is None and default is not None:
-            value = default
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise self.fail(key, f"must be a number from {low:g} to {high:g}")
-        return float(value)
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if type(value) is not bool:
-            raise self.fail(key, "must be true or false")
-        return value
-
-    def integers(self, key: str, default: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
-        value = self.values.get(key, default)
-        if value is None:
-            value = default
-        if not isinstance(value, list | tuple) or len(value) > 1024:
-            raise self.fail(key, "must be a list of whole numbers")
-        if any(type(entry) is not int or not low <= entry <= high for entry in value):
-            raise self.fail(key, f"must hold whole numbers from {low:,} to {high:,}")
-        return tuple(value)
-
-    def exactly(self, key: str, *allowed: Any) -> None:
-        """Refuses another value than ours: it would change the numbers."""
-        if key in self.values and self.values[key] not in allowed:
-            wanted = " or ".join(json.dumps(one) for one in allowed)
-            raise self.fail(key, f"is computed here only as {wanted}")
-
-    def section(self, key: str) -> "_Section":
-        value = self.values.get(key)
-        if not isinstance(value, dict):
-            raise self.fail(key, "must be an object")
-        return _Section(f"{self.name}{key}.", value)
-
-    def refuse_unknown(self, known: frozenset[str]) -> None:
-        """A key we never heard of is harmless only when it is private or switched off."""
-        for key, value in self.values.items():
-            if key in known or key.startswith("_") or value in (None, False, [], {}, ""):
-                continue
-            raise self.fail(key, "is a setting that is not computed here")
+def _keys(names: str) -> frozenset[str]:
+    return frozenset(names.split())
 
 
 # Keys that describe a checkpoint or its training, and change nothing in a forward pass.
-_BOOK_KEEPING = frozenset(
-    "architectures auto_map bos_token_id dtype eos_token_id id2label initializer_range label2id "
-    "max_window_layers model_type name_or_path output_attentions output_hidden_states "
-    "output_router_logits pad_token_id problem_type return_dict router_aux_loss_coef "
-    "tie_word_embeddings torch_dtype transformers_version use_cache attention_dropout".split()
-)
-_TOP_KEYS = _BOOK_KEEPING | frozenset(
-    "text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id".split()
-)
-_VISION_KEYS = _BOOK_KEEPING | frozenset(
-    "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size spatial_merge_size "
-    "temporal_patch_size out_hidden_size num_position_embeddings deepstack_visual_indexes rope_parameters".split()
-)
-_TEXT_KEYS = _BOOK_KEEPING | frozenset(
-    "vocab_size hidden_size hidden_act intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim max_position_embeddings rms_norm_eps attention_bias rope_theta rope_scaling rope_parameters "
-    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step mlp_only_layers "
-    "norm_topk_prob sliding_window".split()
-)
-_ROPE_KEYS = frozenset(
-    "rope_theta rope_type type mrope_section mrope_interleaved factor attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim original_max_position_embeddings truncate partial_rotary_factor".split()
-)
+_BOOK_KEEPING = _keys("""
+    architectures attention_dropout auto_map bos_token_id dtype eos_token_id id2label
+    initializer_range label2id max_window_layers model_type name_or_path output_attentions
+    output_hidden_states output_router_logits pad_token_id problem_type return_dict
+    router_aux_loss_coef tie_word_embeddings torch_dtype transformers_version use_cache
+""")
+_TOP_KEYS = _BOOK_KEEPING | _keys("""
+    text_config vision_config image_token_id video_token_id vision_start_token_id
+    vision_end_token_id
+""")
+_VISION_KEYS = _BOOK_KEEPING | _keys("""
+    depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size
+    spatial_merge_size temporal_patch_size out_hidden_size num_position_embeddings
+    deepstack_visual_indexes rope_parameters
+""")
+_TEXT_KEYS = _BOOK_KEEPING | _keys("""
+    vocab_size hidden_size hidden_act intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim max_position_embeddings rms_norm_eps attention_bias
+    rope_theta rope_scaling rope_parameters num_experts num_local_experts num_experts_per_tok
+    moe_intermediate_size decoder_sparse_step mlp_only_layers norm_topk_prob sliding_window
+""")
+_ROPE_KEYS = _keys("""
+    rope_theta rope_type type mrope_section mrope_interleaved factor attention_factor beta_fast
+    beta_slow mscale mscale_all_dim original_max_position_embeddings truncate
+    partial_rotary_factor
+""")
 
 
 def load_config(path: str | Path) -> Config:
@@ -234,14 +179,14 @@ def load_config(path: str | Path) -> Config:
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Checks the parsed JSON of a config.json; raises ConfigError."""
-    top = _Section("", values)
+    top = Section("", values)
     model_type = values.get("model_type")
     if model_type not in ("qwen3_vl", "qwen3_vl_moe"):
         raise top.fail("model_type", 'must be "qwen3_vl" or "qwen3_vl_moe"')
     top.refuse_unknown(_TOP_KEYS)
     text = _text(top.section("text_config"), sparse=model_type == "qwen3_vl_moe")
     vision = _vision(top.section("vision_config"))
-    _check_together(top, text, vision)
+    _check_together(text, vision)
     token = {
         name: top.integer(name, default, 0, text.vocab_size - 1)
         for name, default in (
@@ -251,7 +196,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
             ("vision_end_token_id", 151653),
         )
     }
-    # Only the top level decides: transformers 5 saves text_config.tie_word_embeddings = true for untied MoE models.
+    # Only the top level decides: transformers 5 saves text_config.tie_word_embeddings = true for
+    # untied MoE models.
     tied = top.flag("tie_word_embeddings", default=False)
     dtype = values.get("dtype", values.get("torch_dtype", values["text_config"].get("dtype")))
     version = values.get("transformers_version", "")
@@ -266,7 +212,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     )
 
 
-def _vision(section: _Section) -> VisionConfig:
+def _vision(section: Section) -> VisionConfig:
     section.refuse_unknown(_VISION_KEYS)
     section.exactly("hidden_act", "gelu_pytorch_tanh")
     theta = 10000.0
@@ -294,7 +240,7 @@ def _vision(section: _Section) -> VisionConfig:
     )
 
 
-def _text(section: _Section, *, sparse: bool) -> TextConfig:
+def _text(section: Section, *, sparse: bool) -> TextConfig:
     section.refuse_unknown(_TEXT_KEYS)
     section.exactly("hidden_act", "silu")
     section.exactly("norm_topk_prob", True)
@@ -304,7 +250,7 @@ def _text(section: _Section, *, sparse: bool) -> TextConfig:
     layers = section.integer("num_hidden_layers", 24 if sparse else 32, 1, 1024)
     head_dim = section.integer("head_dim", hidden_size // heads if sparse else 128, 2, 4096)
     max_position = section.integer("max_position_embeddings", 128000, 1, 1 << 24)
-    experts = {}
+    experts: dict[str, Any] = {}
     if sparse:
         name = "num_experts" if "num_experts" in section.values else "num_local_experts"
         count = section.integer(name, 60, 0, 65536)
@@ -318,7 +264,9 @@ def _text(section: _Section, *, sparse: bool) -> TextConfig:
     return TextConfig(
         vocab_size=section.integer("vocab_size", 151936, 1, 1 << 22),
         hidden_size=hidden_size,
-        intermediate_size=section.integer("intermediate_size", 5632 if sparse else 22016, 1, 1 << 20),
+        intermediate_size=section.integer(
+            "intermediate_size", 5632 if sparse else 22016, 1, 1 << 20
+        ),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=section.integer("num_key_value_heads", heads, 1, heads),
@@ -331,13 +279,13 @@ def _text(section: _Section, *, sparse: bool) -> TextConfig:
     )
 
 
-def _rope(text: _Section, max_position: int) -> RopeConfig:
+def _rope(text: Section, max_position: int) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (released files)."""
     theta = {key: text.values[key] for key in ("rope_theta",) if key in text.values}
     for key in ("rope_scaling", "rope_parameters"):
         if text.values.get(key) is not None:
             theta |= text.section(key).values
-    rope = _Section(f"{text.name}rope.", theta)
+    rope = Section(f"{text.name}rope.", theta)
     rope.refuse_unknown(_ROPE_KEYS)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in ("default", "linear", "yarn"):
@@ -368,31 +316,35 @@ def _rope(text: _Section, max_position: int) -> RopeConfig:
     )
 
 
-def _check_together(top: _Section, text: TextConfig, vision: VisionConfig) -> None:
+def _check_together(text: TextConfig, vision: VisionConfig) -> None:
     """Rules between settings: each names both numbers."""
-    rules = [
-        (text.num_attention_heads % text.num_key_value_heads == 0,
-         f"num_attention_heads {text.num_attention_heads} is not a multiple of num_key_value_heads "
-         f"{text.num_key_value_heads}"),
-        (text.head_dim % 2 == 0, f"text head_dim {text.head_dim} is not even"),
-        (sum(text.rope.mrope_section) == text.head_dim // 2,
-         f"mrope_section {list(text.rope.mrope_section)} sums to {sum(text.rope.mrope_section)}, but head_dim "
-         f"{text.head_dim} has {text.head_dim // 2} pairs"),
-        (all(3 * part <= text.head_dim // 2 + 2 for part in text.rope.mrope_section[1:]),
-         f"mrope_section {list(text.rope.mrope_section)} cannot take turns within {text.head_dim // 2} pairs"),
-        (vision.hidden_size % vision.num_heads == 0,
-         f"vision hidden_size {vision.hidden_size} is not a multiple of num_heads {vision.num_heads}"),
-        (vision.head_dim % 4 == 0, f"vision head_dim {vision.head_dim} is not a multiple of 4"),
-        (vision.table_side**2 == vision.num_position_embeddings,
-         f"num_position_embeddings {vision.num_position_embeddings} is not a square"),
-        (vision.out_hidden_size == text.hidden_size,
-         f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size {text.hidden_size}"),
-        (len(set(vision.deepstack_visual_indexes)) == len(vision.deepstack_visual_indexes),
-         f"deepstack_visual_indexes {list(vision.deepstack_visual_indexes)} repeat a block"),
-        (len(vision.deepstack_visual_indexes) <= text.num_hidden_layers,
-         f"{len(vision.deepstack_visual_indexes)} deepstack_visual_indexes, but only {text.num_hidden_layers} "
-         "decoder layers to take them"),
-    ]  # fmt: skip
-    for holds, message in rules:
+    heads, shared = text.num_attention_heads, text.num_key_value_heads
+    pairs, section = text.head_dim // 2, list(text.rope.mrope_section)
+    levels = vision.deepstack_visual_indexes
+    rules = {
+        f"num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}": (
+            heads % shared == 0
+        ),
+        f"text head_dim {text.head_dim} is not even": text.head_dim % 2 == 0,
+        f"mrope_section {section} sums to {sum(section)}, but head_dim {text.head_dim} has "
+        f"{pairs} pairs": sum(section) == pairs,
+        f"mrope_section {section} cannot take turns within {pairs} pairs": (
+            3 * max(section[1:]) <= pairs + 2
+        ),
+        f"vision hidden_size {vision.hidden_size} is not a multiple of num_heads "
+        f"{vision.num_heads}": vision.hidden_size % vision.num_heads == 0,
+        f"vision head_dim {vision.head_dim} is not a multiple of 4": vision.head_dim % 4 == 0,
+        f"num_position_embeddings {vision.num_position_embeddings} is not a square": (
+            vision.table_side**2 == vision.num_position_embeddings
+        ),
+        f"vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size "
+        f"{text.hidden_size}": vision.out_hidden_size == text.hidden_size,
+        f"deepstack_visual_indexes {list(levels)} repeats a block": len(set(levels)) == len(levels),
+        f"deepstack_visual_indexes has {len(levels)} blocks, but there are only "
+        f"{text.num_hidden_layers} decoder layers to take them": (
+            len(levels) <= text.num_hidden_layers
+        ),
+    }
+    for message, holds in rules.items():
         if not holds:
-            raise ConfigError(f"config: {top.name}{message}")
+            raise ConfigError(f"config: {message}")

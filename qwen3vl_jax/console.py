@@ -1,6 +1,7 @@
 """What command lines share: one line of cause and one of help for every failure, and exit codes."""
 
 import argparse
+import io
 import os
 import resource
 import sys
@@ -36,6 +37,9 @@ def run(work: Callable[[Guard], int], *, debug: bool) -> int:
     0; 2 wrong usage; 3 out of memory; 4 bad input; 5 I/O; 130 Ctrl-C; 1 for a mistake of ours.
     A reader of stdout that goes away is no failure.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where the terminal cannot show a character, it should not end the answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with guarded() as guard:
             code = work(guard)

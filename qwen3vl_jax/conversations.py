@@ -167,4 +167,4 @@ def options(label: str, given: dict[str, Any], allowed: frozenset[str]) -> dict[
         numeric = type(value) is int or (type(value) is float and key in FRACTIONAL)
         if not numeric or not 0 < value <= LARGEST_OPTION:
             raise PromptError(f"{label}: {key} is {value!r}, not a number over 0")
-    return given
+    return {key: float(value) if key in FRACTIONAL else value for key, value in given.items()}

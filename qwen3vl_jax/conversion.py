@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,10 @@ from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import StorageError, UsageError, WeightError
 from qwen3vl_jax.files import (
     DTYPES,
+    PIECE_BYTES,
+    aligned_empty,
     bytes_of,
+    pieces,
     read_small,
     sha256,
     storage_errors,
@@ -60,6 +63,7 @@ SIDE_FILES = (
 )
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Told what is being done and how far it is."""
 
@@ -142,12 +146,17 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """
     if values.dtype == dtype:
         return values
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if not np.array_equal(np.isfinite(result), np.isfinite(values)):
-        raise WeightError(
-            f"array {name!r} has values beyond the range of {dtype.name}; choose another --dtype"
-        )
+    result = aligned_empty(values.shape, dtype)
+    rows = max(1, PIECE_BYTES * len(values) // values.nbytes)
+    for first in range(0, len(values), rows):
+        part = values[first : first + rows]
+        with np.errstate(over="ignore"):
+            result[first : first + rows] = part.astype(dtype)
+        if not np.array_equal(np.isfinite(part), np.isfinite(result[first : first + rows])):
+            raise WeightError(
+                f"array {name!r} has values beyond the range of {dtype.name}; "
+                "choose another --dtype"
+            )
     return result
 
 
@@ -194,7 +203,8 @@ def _store_shards(
             digest = hashlib.sha256(shard.header.raw)
             for entry in homes[number]:
                 stored = checkpoint.read_stored(entry)
-                digest.update(bytes_of(stored))
+                for piece in pieces(bytes_of(stored)):
+                    digest.update(piece)
                 if not writer.has(entry):
                     writer.put(entry, checkpoint.orient(entry, stored))
                 progress.advance(stored.nbytes)

@@ -4,9 +4,9 @@
   + UsageError                 2: the call or the command line is wrong
   + BadInputError              4: something given to us is malformed or corrupt
     - ConfigError                 a config.json that we cannot honour
-    - WeightError                 a checkpoint: missing, unmapped, duplicate, misshapen or damaged tensors
-    - MediaError                  a picture or a video
-    - PromptError                 a conversation, a chat template or a tokenizer
+    - WeightError                 a checkpoint: missing, unmapped, duplicate, misshapen or damaged
+    tensors - MediaError                  a picture or a video - PromptError                 a
+    conversation, a chat template or a tokenizer
   + StorageError               5: the file system refused (disk full, read error)
 
 Every message is one line: the object, the rule, the numbers found and wanted, the way out.

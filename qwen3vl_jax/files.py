@@ -142,9 +142,18 @@ def bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+def pieces(data: memoryview) -> Iterator[memoryview]:
+    """`data` in parts of 4 MiB."""
+    for start in range(0, len(data), PIECE_BYTES):
+        yield data[start : start + PIECE_BYTES]
+
+
 def sha256(data: bytes | memoryview) -> str:
     """SHA-256 in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    for piece in pieces(memoryview(data)):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_synced(path: Path, data: bytes) -> None:

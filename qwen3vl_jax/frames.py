@@ -1,7 +1,8 @@
-"""Which frames go through the vision tower together, and what the host knows about their patches. NumPy.
+"""Which frames go through the vision tower together, and what the host knows about their patches.
+NumPy.
 
-Frames of one size form a piece; patches are padded to a bucket, so that a new picture size rarely means a
-new program.
+Frames of one size form a piece; patches are padded to a bucket, so that a new picture size rarely
+means a new program.
 """
 
 import dataclasses
@@ -12,13 +13,14 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from qwen3vl_jax.arrays import AnyArray
+from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.config import VisionConfig
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.positions import Grid
 
 PIECE_PATCHES = 4096  # frames are stacked up to this many patches
 SMALLEST_BUCKET = 64
-AnyArray = np.ndarray | jax.Array
 
 
 @functools.partial(
@@ -30,7 +32,8 @@ AnyArray = np.ndarray | jax.Array
 class Piece:
     """Some equally sized frames, ready for `vision.encode_frames`.
 
-    `token_rows[f, j]` is the row of all features that token j of frame f belongs to; past the end for padding.
+    `token_rows[f, j]` is the row of all features that token j of frame f belongs to; past the end
+    for padding.
     """
 
     patches: Float[AnyArray, "F P values"]
@@ -39,14 +42,6 @@ class Piece:
     rows_columns: Int[AnyArray, "P 2"]
     valid: Bool[AnyArray, " P"]
     token_rows: Int[AnyArray, "F tokens"]
-
-
-def bucket(count: int, smallest: int) -> int:
-    """`count` rounded up to 4, 5, 6 or 7 times a power of two, at least `smallest`."""
-    if count <= smallest:
-        return smallest
-    unit = 1 << max((count - 1).bit_length() - 3, 0)
-    return -(-count // unit) * unit
 
 
 def block_order(rows: int, columns: int, merge: int) -> Int[np.ndarray, "patches 2"]:
@@ -79,18 +74,22 @@ def table_taps(
     return np.stack(taps, axis=1).astype(np.int32), np.stack(shares, axis=1).astype(np.float32)
 
 
-def check_grids(pixels: Float[np.ndarray, "patches values"], grids: list[Grid], config: VisionConfig) -> None:
+def check_grids(
+    pixels: Float[np.ndarray, "patches values"], grids: list[Grid], config: VisionConfig
+) -> None:
     """Raises UsageError when pixel rows and grids do not belong together."""
     merge = config.spatial_merge_size
     for frames, rows, columns in grids:
         if min(frames, rows, columns) < 1 or rows % merge or columns % merge:
             raise UsageError(
-                f"grid {(frames, rows, columns)}: rows and columns must be positive multiples of {merge}"
+                f"grid {(frames, rows, columns)}: rows and columns must be positive multiples "
+                f"of {merge}"
             )
     wanted = sum(frames * rows * columns for frames, rows, columns in grids)
     if pixels.ndim != 2 or pixels.shape != (wanted, config.patch_values):
         raise UsageError(
-            f"pixels: shape {pixels.shape} found, ({wanted}, {config.patch_values}) wanted by the grids"
+            f"pixels: shape {pixels.shape} found, ({wanted}, {config.patch_values}) wanted by "
+            "the grids"
         )
 
 

@@ -67,7 +67,12 @@ class Session:
     @property
     def length(self) -> int:
         """Slots of the cache in use."""
-        return self._cache.length
+        return int(self._cache.length)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the cache, used and free."""
+        return int(self._cache.capacity)
 
     def prompt(self, inputs: Mapping[str, Any], *, capacity: int) -> float:
         """Feeds what a processor made of a prompt, to the end of what was fed before.
@@ -80,7 +85,9 @@ class Session:
             Seconds that the vision tower took.
         """
         started = time.perf_counter()
-        features = jax.block_until_ready(self._model.encode(inputs))
+        features = self._model.encode(inputs)
+        for array in jax.tree.leaves(features):
+            array.block_until_ready()
         vision_s = time.perf_counter() - started
         ids = np.asarray(inputs["input_ids"])
         mask = inputs.get("attention_mask")

@@ -6,14 +6,15 @@ compared with the one of the original before the destination appears.
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.config import load_config
 from qwen3vl_jax.conversion import Progress, copy_side_files, fingerprint, needed_space
 from qwen3vl_jax.errors import UsageError, WeightError
-from qwen3vl_jax.files import PIECE_BYTES, bytes_of, storage_errors, sync_directory, write_synced
+from qwen3vl_jax.files import bytes_of, pieces, storage_errors, sync_directory, write_synced
 from qwen3vl_jax.hf_checkpoint import INDEX_NAME, transposed
 from qwen3vl_jax.hf_layout import Layout, layout_of
 from qwen3vl_jax.manifest import StoredFile
@@ -39,6 +40,9 @@ def to_hf(source: Path, destination: Path, *, progress: Progress) -> None:
         WorkDirectory(destination, task) as work,
     ):
         layout = layout_of(checkpoint, config)
+        entries: dict[str, list[Entry]] = {}
+        for entry in arrays(config):
+            entries.setdefault(entry.hf_name, []).append(entry)
         done = {name for name in layout.headers if f"shard {name}" in work.done}
         sizes = {name: _file_bytes(header) for name, header in layout.headers.items()}
         needed_space(work.content, sum(sizes[name] for name in sizes.keys() - done))
@@ -47,8 +51,8 @@ def to_hf(source: Path, destination: Path, *, progress: Progress) -> None:
             if name in done:
                 progress.advance(sizes[name])
                 continue
-            pieces = _pieces(checkpoint, layout.headers[name], layout, config)
-            record = _write_shard(work.content / name, pieces, progress)
+            parts = _parts(checkpoint, layout.headers[name], layout.released, entries)
+            record = _write_shard(work.content / name, parts, progress)
             _check_original(name, record, layout)
             sync_directory(work.content)
             work.note({f"shard {name}": dataclasses.asdict(record)})
@@ -62,29 +66,29 @@ def _file_bytes(header: Header) -> int:
     return max((tensor.stop for tensor in header.tensors), default=len(header.raw))
 
 
-def _pieces(
-    checkpoint: Checkpoint, header: Header, layout: Layout, config: Config
+def _parts(
+    checkpoint: Checkpoint,
+    header: Header,
+    released: frozenset[str],
+    entries: dict[str, list[Entry]],
 ) -> Iterator[memoryview]:
     """The bytes of one file, in order."""
-    entries: dict[str, list[Entry]] = {}
-    for entry in arrays(config):
-        entries.setdefault(entry.hf_name, []).append(entry)
     yield memoryview(header.raw)
     for tensor in header.tensors:
         for entry in entries[tensor.name]:
             values = checkpoint.read(entry)
-            yield bytes_of(transposed(values) if tensor.name in layout.released else values)
+            yield bytes_of(transposed(values) if tensor.name in released else values)
 
 
-def _write_shard(path: Path, pieces: Iterator[memoryview], progress: Progress) -> StoredFile:
+def _write_shard(path: Path, parts: Iterator[memoryview], progress: Progress) -> StoredFile:
     digest = hashlib.sha256()
     size = 0
     with storage_errors(f"cannot write {path}"), open(path, "wb", buffering=0) as file:
-        for piece in pieces:
+        for piece in itertools.chain.from_iterable(map(pieces, parts)):
             digest.update(piece)
             size += len(piece)
             while piece:
-                count = file.write(piece[:PIECE_BYTES])
+                count = file.write(piece)
                 progress.advance(count)
                 piece = piece[count:]
         os.fsync(file.fileno())

@@ -6,6 +6,7 @@ byte (Pillow clips it, which turns nearly every such picture white).
 """
 
 import io
+import itertools
 import math
 import os
 import warnings
@@ -285,15 +286,17 @@ def fill_patches(
     settings: PixelSettings,
     table: Float[np.ndarray, "3 256"],
 ) -> None:
-    """Write the rows of one clip, one frame group at a time: the copy in between stays small."""
+    """Write the rows of one clip, by bands as high as one token: copies in between stay small."""
     group, merge, patch = settings.temporal_patch_size, settings.merge_size, settings.patch_size
     time, height, width = grid
-    rows = out.reshape(time, height * width, RGB, group * patch * patch)
-    for step in range(time):
-        picks = np.minimum(np.arange(step * group, (step + 1) * group), len(clip) - 1)
-        blocks = clip[picks].reshape(
-            group, height // merge, merge, patch, width // merge, merge, patch, RGB
-        )
-        ordered = blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(rows[step].shape)
-        for channel in range(RGB):
-            rows[step, :, channel] = table[channel][ordered[:, channel]]
+    rows = out.reshape(
+        time, height // merge, width // merge, merge, merge, RGB, group, patch, patch
+    )
+    bands = clip.reshape(len(clip), height // merge, merge * patch, width * patch, RGB)
+    for place in range(time * group):
+        frame = bands[min(place, len(clip) - 1)]
+        for number, channel in itertools.product(range(len(frame)), range(RGB)):
+            band = np.take(table[channel], frame[number, :, :, channel])
+            blocks = band.reshape(merge, patch, width // merge, merge, patch)
+            target = rows[place // group, number, :, :, :, channel, place % group]
+            target[:] = blocks.transpose(2, 0, 3, 1, 4)

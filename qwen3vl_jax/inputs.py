@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.frames import Piece, bucket, check_grids, pieces
+from qwen3vl_jax.frames import Piece, check_grids, pieces
 from qwen3vl_jax.network import Batch, Chunk
 from qwen3vl_jax.positions import IMAGE, TEXT, VIDEO, Grid, rope_positions, token_kinds
 
@@ -71,7 +72,7 @@ def feature_count(config: Config, inputs: Mapping[str, Any]) -> int:
 
 
 def picture_pieces(config: Config, inputs: Mapping[str, Any]) -> Iterator[Piece]:
-    """All frames of all images, then of all videos; one piece at a time, so that only one is copied."""
+    """All frames of all images, then of all videos; only one piece is copied at a time."""
     first = 0
     for grid_name, name in (
         ("image_grid_thw", "pixel_values"),
@@ -100,7 +101,9 @@ def cut(chunk: Chunk, first: int, last: int, tokens: int) -> Chunk:
 def _ids(inputs: Mapping[str, Any], config: Config) -> Int[np.ndarray, "batch tokens"]:
     ids = np.asarray(inputs.get("input_ids"))
     if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"input_ids: whole numbers [batch, tokens] wanted, found {ids.dtype} {ids.shape}")
+        raise UsageError(
+            f"input_ids: whole numbers [batch, tokens] wanted, found {ids.dtype} {ids.shape}"
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.text.vocab_size:
         raise UsageError(

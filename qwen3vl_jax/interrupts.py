@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 EXIT_CODE = 130
-GRACE_S = 0.6
+GRACE_S = 0.4
 
 
 class Meaning(enum.Enum):

@@ -1,4 +1,4 @@
-"""The small parts that the vision tower and the decoder share, as NNX modules with the checkpoint's names."""
+"""Parts that the vision tower and the decoder share, as NNX modules with the checkpoint's names."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from qwen3vl_jax.linear import linear
 
 
 class Linear(nnx.Module):
-    """x @ weight.T + bias, with the weight as checkpoints hold it: [out, in]."""
+    """x @ weight.T + bias, with the weight as checkpoints hold it: [out, ...inputs]."""
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
@@ -20,7 +20,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         bias = None if self.bias is None else self.bias[...]
-        return linear(x, self.weight[...], bias)
+        weight = self.weight[...]
+        return linear(x, weight.reshape(weight.shape[0], -1), bias)
 
 
 class LayerNorm(nnx.Module):

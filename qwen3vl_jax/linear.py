@@ -1,7 +1,7 @@
 """The product with a weight in the checkpoint's own [out, in] layout, formulated in one place.
 
 At equal mathematics the formulation decides the speed on XLA:CPU by a factor of 40; `formulation`
-is the table, made by `scripts/bench.py --formulations`.
+is the table, made by `scripts/bench_formulations.py`.
 """
 
 import functools
@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from qwen3vl_jax import kernels
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
+KERNEL_ROWS = {"bfloat16": 8, "float16": 32, "float32": 16}  # at most, to win
 BLOCK_OUTPUTS = 256  # rows of a float16 weight that are widened at a time: 2 MB of 2048 each
 
 
@@ -43,42 +44,44 @@ def linear(
     return product.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def formulation(rows: int, dtype: jnp.dtype, *, kernel: bool) -> str:
-    """The name of the fastest of `FORMULATIONS` on a CPU, where `kernel` says if there is one.
+def formulation(rows: int, dtype: DTypeLike, *, kernel: bool) -> str:
+    """The name of the fastest of `FORMULATIONS` on a CPU; `kernel` says whether there is one.
 
-    A name from the table, by the number of rows:
+    Made by scripts/bench_formulations.py on two cores with AVX-512 (DECISIONS.md has the figures):
 
-    | dtype    | with kernel      | without                      |
-    |----------|------------------|------------------------------|
-    | bfloat16 | 1-8 kernel       | 1 two_rows                   |
-    | float16  | 1-16 kernel      | 1-16 blocks                  |
-    | float32  | 1-8 kernel       |                              |
-    | any      | more: contract   | more: contract               |
+    | rows     | 1        | 2 to 8   | 9 to 16  | 17 to 32 | more     |
+    |----------|----------|----------|----------|----------|----------|
+    | bfloat16 | kernel   | kernel   | contract | contract | contract |
+    | float16  | kernel   | kernel   | kernel   | kernel   | blocks   |
+    | float32  | kernel   | kernel   | kernel   | contract | contract |
+
+    Without a kernel: bfloat16 two_rows for one row, float16 blocks, everything else contract.
     """
     name = jnp.dtype(dtype).name
     if kernel and rows <= KERNEL_ROWS.get(name, 0):
         return "kernel"
     if name == "bfloat16" and rows == 1:
         return "two_rows"
-    if name == "float16" and rows <= 16:
-        return "blocks"
-    return "contract"
+    return "blocks" if name == "float16" else "contract"
 
 
-KERNEL_ROWS = {"bfloat16": 8, "float16": 16, "float32": 8}
-
-
-def contract(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+def contract(
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> Float[Array, "rows out"]:
     """One contraction: what accelerators want, and XLA:CPU for many rows."""
     return jnp.einsum("ri,oi->ro", rows, weight, preferred_element_type=jnp.float32)
 
 
-def two_rows(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+def two_rows(
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> Float[Array, "rows out"]:
     """One row computed twice: for a single one XLA:CPU would copy the weight to float32."""
     return contract(jnp.concatenate([rows, rows]), weight)[: rows.shape[0]]
 
 
-def blocks(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+def blocks(
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> Float[Array, "rows out"]:
     """Widens the weight to float32 block by block, in the cache: XLA:CPU would widen all of it."""
     outputs = weight.shape[0]
     size = min(BLOCK_OUTPUTS, outputs)
@@ -101,10 +104,10 @@ FORMULATIONS: dict[str, Product] = {
 }
 
 
-def _product(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
-    # Asked for only where it could be used: a build for an accelerator compiles no kernel.
-    kernel = jax.default_backend() == "cpu" and kernels.status().active
-    chosen = formulation(rows.shape[0], rows.dtype, kernel=kernel)
+def _product(
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> Float[Array, "rows out"]:
+    chosen = formulation(rows.shape[0], rows.dtype, kernel=kernels.usable())
     return contract(rows, weight) if chosen == "contract" else _few_rows(rows, weight, chosen)
 
 

@@ -135,6 +135,8 @@ def load_video_settings(directory: Path) -> VideoSettings:
         wanted = {"fps": (int, float), "cap_pixels_per_frame": (bool,)}.get(key, (int,))
         if type(value) not in wanted:
             raise ConfigError(f"{name}: {key} is {value!r}, not of type {wanted[-1].__name__}")
+    if "fps" in given:
+        given["fps"] = float(given["fps"])
     return dataclasses.replace(released, pixels=pixels, **given)
 
 

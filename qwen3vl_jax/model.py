@@ -1,10 +1,12 @@
 """The model as its users see it: weights on a device, logits, cached generation.
 
-Steps run one after another, layer by layer: equal layers share one compiled program, so a new shape compiles
-in the time of one layer, at the same speed as one program for the whole model (DECISIONS.md).
+Steps run one after another, layer by layer: equal layers share one compiled program, so a new shape
+compiles in the time of one layer, at the same speed as one program for the whole model
+(DECISIONS.md).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qwen3vl_jax import text
-from qwen3vl_jax.cache import KVCache, new_cache
+from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.cache import KVCache, LayerCache, new_cache
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.frames import bucket
 from qwen3vl_jax.inputs import SMALLEST_TOKENS, cut, feature_count, picture_pieces, prepare
 from qwen3vl_jax.network import (
     Chunk,
@@ -53,7 +55,8 @@ class Qwen3VL:
 
         Args:
             dtype: float32, bfloat16 or float16; None keeps what config.json says.
-            vocab_blocks: row blocks of the vocabulary matrices, for devices that limit the size of one array.
+            vocab_blocks: row blocks of the vocabulary matrices, for devices that limit the size of
+            one array.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
@@ -100,7 +103,8 @@ class Qwen3VL:
         """Scores of the next token at every position, float32; garbage at padding.
 
         Args:
-            inputs: `input_ids` [B, T], and as in transformers `attention_mask`, `mm_token_type_ids`,
+            inputs: `input_ids` [B, T], and as in transformers `attention_mask`,
+            `mm_token_type_ids`,
                 `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`.
 
         Raises:
@@ -109,7 +113,9 @@ class Qwen3VL:
         batch, _ = prepare(self.config, inputs)
         count = batch.tokens.input_ids.shape[1]
         tokens = cut(batch.tokens, 0, count, bucket(count, SMALLEST_TOKENS))
-        return forward(self.network, dataclasses.replace(batch, tokens=tokens), self.config)[:, :count]
+        return forward(self.network, dataclasses.replace(batch, tokens=tokens), self.config)[
+            :, :count
+        ]
 
     def new_cache(self, *, batch: int, capacity: int) -> KVCache:
         """An empty KV cache for `batch` rows of at least `capacity` tokens."""
@@ -135,9 +141,11 @@ class Qwen3VL:
         features: Features | None = None,
         chunk_tokens: int = PREFILL_CHUNK,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Takes in new tokens; returns the scores after each row's last real one, and the next cache.
+        """Takes in new tokens; returns the scores after each row's last real one, and the next
+        cache.
 
-        May follow earlier tokens: `inputs` then holds the new ones only. The given cache is consumed.
+        May follow earlier tokens: `inputs` then holds the new ones only. The given cache is
+        consumed.
 
         Args:
             features: what `encode` returned for these inputs; computed here when None.
@@ -146,9 +154,7 @@ class Qwen3VL:
         Raises:
             UsageError: the cache has no room, or the arrays do not belong together.
         """
-        batch, following = prepare(
-            self.config, inputs, start=cache.next_position, pictures=False
-        )
+        batch, following = prepare(self.config, inputs, start=cache.next_position, pictures=False)
         _check_room(batch.tokens, cache)
         features = self.encode(inputs) if features is None else features
         last = _last_real(batch.tokens)
@@ -180,7 +186,8 @@ class Qwen3VL:
         """Continues the prompt of `inputs`; see `generation.generate` for the settings.
 
         Returns:
-            Prompt and new tokens of every row; rows that end early are filled with the padding token.
+            Prompt and new tokens of every row; rows that end early are filled with the padding
+            token.
         """
         from qwen3vl_jax.generation import generate
 
@@ -205,22 +212,22 @@ class Qwen3VL:
 
 
 def _flat_steps(network: Qwen3VLNetwork) -> list[LayerStep]:
-    """The layers as steps over flat lists of arrays: flattening a module at each call costs 0.5 ms."""
+    """The layers as steps over flat lists of arrays: a module takes 0.5 ms a call to flatten."""
     programs: dict[Any, Any] = {}
-    steps = []
+    steps: list[LayerStep] = []
     for layer in network.language_model.layers:
         leaves, tree = jax.tree.flatten(layer)
         if tree not in programs:
             programs[tree] = _flat_program(tree)
-        steps.append(jax.tree_util.Partial(programs[tree], leaves))
+        steps.append(functools.partial(programs[tree], leaves))
     return steps
 
 
 def _flat_program(tree: Any) -> Any:
-    def cached_layer(leaves, x, cos, sin, cache, start, valid):  # noqa: ANN001, ANN202
-        return text.cached_layer(jax.tree.unflatten(tree, leaves), x, cos, sin, cache, start, valid)
+    def flat_layer(leaves: list[Array], *arguments: Any) -> tuple[Array, LayerCache]:
+        return text.cached_layer(jax.tree.unflatten(tree, leaves), *arguments)
 
-    return jax.jit(cached_layer, donate_argnames=("x", "cache"))
+    return jax.jit(flat_layer, donate_argnums=(1, 4))  # x and cache, as in cached_layer
 
 
 def _last_real(tokens: Chunk) -> Int[np.ndarray, " B"]:

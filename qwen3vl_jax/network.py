@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from qwen3vl_jax import text, vision
+from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.cache import LayerCache
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.frames import AnyArray, Piece
+from qwen3vl_jax.frames import Piece
 
 
 class Qwen3VLNetwork(nnx.Module):
@@ -62,7 +64,9 @@ def network_from_arrays(network: Qwen3VLNetwork, arrays: Mapping[str, Array]) ->
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "deepstack"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "deepstack"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Features:
     """What the vision tower says of all pictures: tokens, and one more set per DeepStack block."""
@@ -83,8 +87,8 @@ LayerStep = Callable[..., tuple[jax.Array, LayerCache]]
 class Chunk:
     """Tokens, and what the decoder reads beside them.
 
-    `feature_rows` holds, at every placeholder, the row of its vision token among all features, and a number
-    past the end elsewhere.
+    `feature_rows` holds, at every placeholder, the row of its vision token among all features, and
+    a number past the end elsewhere.
     """
 
     input_ids: Int[AnyArray, "B T"]
@@ -102,7 +106,8 @@ class Chunk:
 class Batch:
     """Everything a forward pass reads, prepared on the host by `inputs.prepare`.
 
-    `feature_count` is the number of vision tokens of all `pieces`, rounded up to a bucket; 0 without pictures.
+    `feature_count` is the number of vision tokens of all `pieces`, rounded up to a bucket; 0
+    without pictures.
     """
 
     tokens: Chunk
@@ -112,7 +117,9 @@ class Batch:
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def collect(
-    rows: Float[Array, "rows H"], piece: Float[Array, "F tokens H"], token_rows: Int[Array, "F tokens"]
+    rows: Float[Array, "rows H"],
+    piece: Float[Array, "F tokens H"],
+    token_rows: Int[Array, "F tokens"],
 ) -> Float[Array, "rows H"]:
     """Step: puts the tokens of a piece in their rows; padding goes nowhere."""
     return rows.at[token_rows].set(piece, mode="drop")
@@ -181,7 +188,7 @@ def extend(
     chunk: Chunk,
     features: Features | None,
     layers: tuple[LayerCache, ...],
-    start: Int[AnyArray, ""],
+    start: Int[AnyArray, ""] | np.int32,
     valid: Bool[Array, "B S"],
     config: Config,
 ) -> tuple[Float[Array, "B T H"], tuple[LayerCache, ...]]:

@@ -58,7 +58,9 @@ def rope_positions(
         positions[:, row, kept] = placed
     for name, left in (("image", images), ("video", frames)):
         if next(left, None) is not None:
-            raise UsageError(f"{name} grids: more pictures or frames than placeholders in input_ids")
+            raise UsageError(
+                f"{name} grids: more pictures or frames than placeholders in input_ids"
+            )
     return positions, following
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -25,7 +25,6 @@ from qwen3vl_jax.prompts import (
     ControlTokens,
     Marked,
     Marks,
-    VideoPrompt,
     check_media,
     encode_pieces,
     marked_values,
@@ -38,15 +37,13 @@ from qwen3vl_jax.templates import ChatTemplate, load_template, render
 from qwen3vl_jax.tokenizer import Tokenizer
 from qwen3vl_jax.videos import Clip, load_video
 
-Side = Literal["left", "right"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """One conversation, ready: its token ids, and the frames of its media."""
 
     ids: Int64[np.ndarray, " tokens"]
-    images: tuple[UInt8[np.ndarray, "1 height width 3"], ...]
+    images: tuple[UInt8[np.ndarray, "..."], ...]
     videos: tuple[Clip, ...]
 
 
@@ -71,7 +68,7 @@ class Processor:
         image_settings: PixelSettings,
         video_settings: VideoSettings,
         *,
-        video_prompt: VideoPrompt = "legacy",
+        video_prompt: str = "legacy",
         limits: Limits | None = None,
     ) -> None:
         """Of its parts; `from_pretrained` is the usual way."""
@@ -81,7 +78,7 @@ class Processor:
         self.image_settings = image_settings
         self.video_settings = video_settings
         self._template = template
-        self._video_prompt: VideoPrompt = video_prompt
+        self._video_prompt = video_prompt
         self._limits = limits or Limits()
         self._control = ControlTokens.of(tokenizer, template.source)
 
@@ -92,7 +89,7 @@ class Processor:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        video_prompt: VideoPrompt = "legacy",
+        video_prompt: str = "legacy",
         limits: Limits | None = None,
     ) -> "Processor":
         """Read tokenizer, chat template and preprocessor files of a checkpoint directory.
@@ -127,7 +124,7 @@ class Processor:
         self,
         messages: Sequence[Any],
         *,
-        padding_side: Side = "left",
+        padding_side: str = "left",
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         add_vision_id: bool = False,
@@ -220,7 +217,7 @@ class Processor:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
-        self, sequences: Iterable[Sequence[int]], skip_special_tokens: bool = True
+        self, sequences: Iterable[object], skip_special_tokens: bool = True
     ) -> list[str]:
         """The text of every sequence of token ids."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens)
@@ -259,21 +256,21 @@ class Processor:
             clips.append(load_video(video, self.video_settings, self._limits))
             budget.spend(token_count(clips[-1].frames, self.video_settings.pixels))
         pieces = with_videos(pieces, [clip.timestamps for clip in clips], self._video_prompt)
-        places = encode_pieces(pieces, self.tokenizer, self._control)
-        budget.spend(len(places))
         image_tokens = [token_count(image, self.image_settings) for image in images]
         group_tokens = [
             token_count(clip.frames, self.video_settings.pixels) // len(clip.timestamps)
             for clip in clips
             for _ in clip.timestamps
         ]
+        places = encode_pieces(pieces, self.tokenizer, self._control)
+        budget.spend(len(places) - len(image_tokens) - len(group_tokens))
         ids = with_media_tokens(places, self._control, image_tokens, group_tokens)
         return Row(ids, tuple(images), tuple(clips))
 
     def _of(self, part: ImagePart) -> PixelSettings:
         return with_pixel_limits(self.image_settings, part.min_pixels, part.max_pixels)
 
-    def _arrays(self, rows: list[Row], padding_side: Side) -> dict[str, np.ndarray]:
+    def _arrays(self, rows: list[Row], padding_side: str) -> dict[str, np.ndarray]:
         ids, mask = padded([row.ids for row in rows], self.tokenizer.pad_token_id, padding_side)
         kinds = 1 * (ids == self._control.ids[IMAGE]) + 2 * (ids == self._control.ids[VIDEO])
         out = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
@@ -340,7 +337,7 @@ def texts_of(value: object) -> Iterable[str]:
 
 
 def padded(
-    rows: Sequence[Int64[np.ndarray, "..."]], pad_token_id: int, side: Side
+    rows: Sequence[Int64[np.ndarray, "..."]], pad_token_id: int, side: str
 ) -> tuple[Int64[np.ndarray, "batch tokens"], Int64[np.ndarray, "batch tokens"]]:
     """Rows of one length, and the mask of what is not padding."""
     length = max(len(row) for row in rows)
@@ -350,4 +347,4 @@ def padded(
         place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
         ids[index, place] = row
         mask[index, place] = 1
-    return ids, cast("Int64[np.ndarray, 'batch tokens']", mask)
+    return ids, mask

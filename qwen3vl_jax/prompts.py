@@ -9,7 +9,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -17,8 +17,7 @@ from jaxtyping import Int64
 from qwen3vl_jax.errors import PromptError
 from qwen3vl_jax.tokenizer import Tokenizer
 
-VideoPrompt = Literal["legacy", "hf>=5.10"]
-VIDEO_PROMPTS: tuple[str, ...] = ("legacy", "hf>=5.10")
+VIDEO_PROMPTS = ("legacy", "hf>=5.10")
 IMAGE = "<|image_pad|>"
 VIDEO = "<|video_pad|>"
 VISION_START = "<|vision_start|>"
@@ -156,7 +155,7 @@ def check_media(pieces: list[tuple[str, bool]], images: int, videos: int) -> Non
 
 
 def with_videos(
-    pieces: list[tuple[str, bool]], videos: Sequence[Sequence[float]], style: VideoPrompt
+    pieces: list[tuple[str, bool]], videos: Sequence[Sequence[float]], style: str
 ) -> list[tuple[str, bool]]:
     """Pieces in which each video's placeholder has become its frame groups.
 

@@ -1,7 +1,9 @@
-"""Rotary positions: angles of the decoder (interleaved MRoPE) and of the vision tower (rows and columns).
+"""Rotary positions: angles of the decoder (interleaved MRoPE) and of the vision tower (rows and
+columns).
 
 Angles are float32 whatever the model's dtype: a position of 200,000 does not survive bfloat16.
-The order of operations is the reference's: `theta ** -x` for `1 / theta ** x` already moves cos by 2e-4.
+The order of operations is the reference's: `theta ** -x` for `1 / theta ** x` already moves cos by
+2e-4.
 """
 
 import math
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.config import RopeConfig
 
 
@@ -78,7 +81,7 @@ def axis_of_pair(section: tuple[int, int, int], pairs: int) -> Int[np.ndarray, "
 
 
 def text_rotation(
-    positions: Int[Array, "3 batch tokens"], rope: RopeConfig, head_dim: int
+    positions: Int[AnyArray, "3 batch tokens"], rope: RopeConfig, head_dim: int
 ) -> tuple[Float[Array, "batch tokens head_dim"], Float[Array, "batch tokens head_dim"]]:
     """cos and sin of every token, float32, both halves equal."""
     frequencies, factor = inverse_frequencies(rope, head_dim)
@@ -90,9 +93,10 @@ def text_rotation(
 
 
 def vision_rotation(
-    rows_columns: Int[Array, "patches 2"], theta: float, head_dim: int
+    rows_columns: Int[AnyArray, "patches 2"], theta: float, head_dim: int
 ) -> tuple[Float[Array, "patches head_dim"], Float[Array, "patches head_dim"]]:
-    """cos and sin of every patch: the first half of the pairs turns with the row, the rest with the column.
+    """cos and sin of every patch: the first half of the pairs turns with the row, the rest with the
+    column.
 
     Source: transformers 5.23, `Qwen3VLVisionRotaryEmbedding`.
     """

@@ -34,7 +34,9 @@ class VocabularyMatrix(nnx.Module):
         self.weight = nnx.List(
             [
                 nnx.Param(
-                    (jax.random.normal(rngs.params(), (count, config.hidden_size)) * scale).astype(dtype)
+                    (jax.random.normal(rngs.params(), (count, config.hidden_size)) * scale).astype(
+                        dtype
+                    )
                 )
                 for count in rows
             ]
@@ -42,12 +44,12 @@ class VocabularyMatrix(nnx.Module):
 
     def rows(self, ids: Int[Array, "B T"]) -> Float[Array, "B T H"]:
         """The rows of `ids`."""
-        first, found = 0, None
+        first, found = 0, jnp.zeros((), self.weight[0].dtype)
         for param in self.weight:
             block = param[...]
             inside = (ids >= first) & (ids < first + block.shape[0])
             part = block[jnp.clip(ids - first, 0, block.shape[0] - 1)]
-            found = part if found is None else jnp.where(inside[:, :, None], part, found)
+            found = jnp.where(inside[:, :, None], part, found) if first else part
             first += block.shape[0]
         return found
 
@@ -65,7 +67,10 @@ class Attention(nnx.Module):
         norm = functools.partial(RMSNorm, config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj, self.o_proj = make(config.hidden_size, queries), make(queries, config.hidden_size)
+        self.q_proj, self.o_proj = (
+            make(config.hidden_size, queries),
+            make(queries, config.hidden_size),
+        )
         self.k_proj, self.v_proj = make(config.hidden_size, keys), make(config.hidden_size, keys)
         self.q_norm, self.k_norm = norm(), norm()
         self.head_dim = config.head_dim
@@ -108,16 +113,16 @@ class DenseMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm layer, dense or sparse."""
 
-    def __init__(
-        self, config: TextConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TextConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         norm = functools.partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         mlp = SparseMLP if config.is_sparse(index) else DenseMLP
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp = mlp(config, dtype=dtype, rngs=rngs)
 
-    def finish(self, x: Float[Array, "B T H"], mixed: Float[Array, "B N T D"]) -> Float[Array, "B T H"]:
+    def finish(
+        self, x: Float[Array, "B T H"], mixed: Float[Array, "B N T D"]
+    ) -> Float[Array, "B T H"]:
         """All that follows the softmax."""
         x = x + self.self_attn.combine(mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -179,7 +184,7 @@ def decoder_layer(
     sin: Float[Array, "B T D"],
     valid: Bool[Array, "B T"],
 ) -> Float[Array, "B T H"]:
-    """Step: one layer over a whole sequence, without a cache. The mask follows the sequence, never positions."""
+    """Step: one layer without a cache. The mask follows the sequence, never the positions."""
     queries, keys, values = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
     last_key = jnp.arange(x.shape[1], dtype=jnp.int32)
     return layer.finish(x, attention(queries, keys, values, last_key, valid))
@@ -195,7 +200,7 @@ def cached_layer(
     start: Int[Array, ""],
     valid: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B T H"], LayerCache]:
-    """Step: one layer over T new tokens, whose keys and values go into the slots from `start` on."""
+    """Step: one layer over T new tokens; keys and values go to the slots from `start` on."""
     queries, keys, values = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
     cache = write(cache, keys, values, start)
     last_key = start + jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -224,6 +229,6 @@ def keep_last(
     place: Int[Array, " B"],
     chosen: Bool[Array, " B"],
 ) -> Float[Array, "B 1 H"]:
-    """Step: row b of the result is token `place[b]` of `x` where `chosen`, else what was kept before."""
+    """Step: row b becomes token `place[b]` of `x` where `chosen`, else stays as kept."""
     picked = jnp.take_along_axis(x, place[:, None, None], axis=1)
     return jnp.where(chosen[:, None, None], picked, kept)

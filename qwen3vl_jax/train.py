@@ -28,11 +28,12 @@ Loss = Callable[[Parameters, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """How to optimise: AdamW, linear warm-up then cosine to zero, clipped gradients, averaged weights."""
+    """How to optimise: linear warm-up, a constant rate, in the end a linear decay to zero; averaged weights."""
 
     steps: int
     peak_learning_rate: float
     warmup_steps: int
+    decay_steps: int
     weight_decay: float = 0.05
     beta_one: float = 0.9
     beta_two: float = 0.98
@@ -102,13 +103,19 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 def learning_rate(settings: Settings) -> Callable[[Any], Any]:
     """The learning rate at each step."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, settings.peak_learning_rate, settings.warmup_steps, settings.steps
+    peak, warmup, decay = settings.peak_learning_rate, settings.warmup_steps, settings.decay_steps
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, decay),
+        ],
+        [warmup, settings.steps - decay],
     )
 
 
-def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with clipping; only matrices decay."""
+def adamw(settings: Settings) -> optax.GradientTransformation:
+    """AdamW with clipped gradients; only matrices decay."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
@@ -121,20 +128,20 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
-def new_state(parameters: Parameters, settings: Settings) -> State:
+def new_state(parameters: Parameters, rule: optax.GradientTransformation) -> State:
     """The state before the first step; `parameters` are copied, since the step donates its state."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "parameters": jax.tree.map(jnp.copy, parameters),
         "average": jax.tree.map(jnp.copy, parameters),
-        "optimizer": optimizer(settings).init(parameters),
+        "optimizer": rule.init(parameters),
     }
 
 
-def make_step(loss: Loss, settings: Settings) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+def make_step(
+    loss: Loss, rule: optax.GradientTransformation, *, average_decay: float
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted training step; the state is donated. Metrics are the loss's own, and `loss`."""
-    rule = optimizer(settings)
-
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         gradient_of = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), gradients = gradient_of(state["parameters"], batch)
@@ -142,7 +149,7 @@ def make_step(loss: Loss, settings: Settings) -> Callable[[State, Batch], tuple[
         parameters = optax.apply_updates(state["parameters"], updates)
         # Early weights are forgotten faster than the decay says: (1 + step) / (10 + step).
         count = state["step"].astype(jnp.float32)
-        decay = jnp.minimum(jnp.float32(settings.average_decay), (1 + count) / (10 + count))
+        decay = jnp.minimum(jnp.float32(average_decay), (1 + count) / (10 + count))
         average = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state["average"], parameters)
         following = {
             "step": state["step"] + 1,
@@ -162,27 +169,32 @@ def train(
     settings: Settings,
     directory: Path,
     *,
+    rule: optax.GradientTransformation | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Parameters:
     """Trains until `settings.steps`, from the newest checkpoint in `directory` if there is one.
 
     Checkpoints go to `directory/checkpoints` (the last two are kept), metrics to `directory/metrics.jsonl`.
 
+    Args:
+        rule: the optimiser; `adamw(settings)` by default.
+
     Returns:
         The averaged weights.
     """
     import orbax.checkpoint as ocp
 
+    rule = adamw(settings) if rule is None else rule
     directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as manager:
-        state = new_state(parameters, settings)
+        state = new_state(parameters, rule)
         newest = manager.latest_step()
         if newest is not None:
             state = manager.restore(newest, args=ocp.args.StandardRestore(jax.tree.map(_shape_of, state)))
         first = 0 if newest is None else newest
         log = _Log(directory / "metrics.jsonl", first, settings)
-        step = make_step(loss, settings)
+        step = make_step(loss, rule, average_decay=settings.average_decay)
         for number, batch in _ahead(batch_at, first, settings.steps):
             state, metrics = step(state, batch)
             progress = log.add(number + 1, metrics)
@@ -194,7 +206,9 @@ def train(
     return state["average"]
 
 
-def newest_average(directory: Path, parameters: Parameters, settings: Settings) -> tuple[int, Parameters]:
+def newest_average(
+    directory: Path, parameters: Parameters, rule: optax.GradientTransformation
+) -> tuple[int, Parameters]:
     """Step and averaged weights of the newest checkpoint of a run; `parameters` give the shapes.
 
     Raises:
@@ -206,7 +220,7 @@ def newest_average(directory: Path, parameters: Parameters, settings: Settings) 
         newest = manager.latest_step()
         if newest is None:
             raise FileNotFoundError(f"{directory}: no checkpoint; train first")
-        shapes = jax.tree.map(_shape_of, new_state(parameters, settings))
+        shapes = jax.tree.map(_shape_of, new_state(parameters, rule))
         state = manager.restore(newest, args=ocp.args.StandardRestore(shapes))
     return newest, state["average"]
 

@@ -1,7 +1,8 @@
 """The vision tower: frames of patches in, one token per 2x2 patches and the DeepStack features out.
 
-A frame is the unit: neither pictures nor the frames of a video see each other. Every function here that is
-jitted is one step. Letters: F frames of one size, P patches of a frame (padded to a bucket), D hidden values.
+A frame is the unit: neither pictures nor the frames of a video see each other. Every function here
+that is jitted is one step. Letters: F frames of one size, P patches of a frame (padded to a
+bucket), D hidden values.
 
 Source: transformers 5.23, `modeling_qwen3_vl.py`, classes Qwen3VLVision*.
 """
@@ -13,28 +14,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.config import VisionConfig
 from qwen3vl_jax.layers import LayerNorm, Linear
-from qwen3vl_jax.linear import linear
 from qwen3vl_jax.rope import rotate, vision_rotation
 
 
 class PatchEmbedding(nnx.Module):
-    """Pixels of a patch to its hidden values; the convolution's stride is its kernel, so it is a product."""
+    """Pixels of a patch to its hidden values: a convolution whose stride is its kernel."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        side, time = config.patch_size, config.temporal_patch_size
+        shape = (config.hidden_size, config.in_channels, time, side, side)
         self.proj = Linear(
             config.patch_values, config.hidden_size, bias=True, dtype=dtype, rngs=rngs
         )
-        side, time = config.patch_size, config.temporal_patch_size
-        shape = (config.hidden_size, config.in_channels, time, side, side)
         self.proj.weight = nnx.Param(self.proj.weight[...].reshape(shape))
 
-    def __call__(self, patches: Float[Array, "F P values"]) -> Float[Array, "F P D"]:
+    def __call__(self, patches: Float[AnyArray, "F P values"]) -> Float[Array, "F P D"]:
         weight = self.proj.weight[...]
-        flat = weight.reshape(weight.shape[0], -1)
-        return linear(patches.astype(weight.dtype), flat, self.proj.bias[...])
+        return self.proj(jnp.asarray(patches, weight.dtype))
 
 
 class PositionTable(nnx.Module):
@@ -46,7 +46,7 @@ class PositionTable(nnx.Module):
         self.weight = nnx.Param((draw * 0.02).astype(dtype))
 
     def __call__(
-        self, taps: Int[Array, "P 4"], shares: Float[Array, "P 4"]
+        self, taps: Int[AnyArray, "P 4"], shares: Float[AnyArray, "P 4"]
     ) -> Float[Array, "P D"]:
         """The sum of four table rows, each times its share; float32."""
         return (self.weight[...][taps].astype(jnp.float32) * shares[:, :, None]).sum(axis=1)
@@ -66,7 +66,7 @@ class VisionAttention(nnx.Module):
         x: Float[Array, "F P D"],
         cos: Float[Array, "P head_dim"],
         sin: Float[Array, "P head_dim"],
-        valid: Bool[Array, " P"],
+        valid: Bool[AnyArray, " P"],
     ) -> Float[Array, "F P D"]:
         frames, count, size = x.shape
         split = self.qkv(x).reshape(frames, count, 3, self.heads, size // self.heads)
@@ -106,8 +106,8 @@ class VisionBlock(nnx.Module):
 class Merger(nnx.Module):
     """Joins the patches of a 2x2 square into one token of the decoder.
 
-    Patches come in merge-block order, so a square is four consecutive rows. The main merger normalises patches
-    before joining, the DeepStack mergers after. GELU is the exact one here.
+    Patches come in merge-block order, so a square is four consecutive rows. The main merger
+    normalises patches before joining, the DeepStack mergers after. GELU is the exact one here.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class VisionTower(nnx.Module):
 def embed_patches(
     embedding: PatchEmbedding,
     table: PositionTable,
-    patches: Float[Array, "F P values"],
-    taps: Int[Array, "P 4"],
-    shares: Float[Array, "P 4"],
+    patches: Float[AnyArray, "F P values"],
+    taps: Int[AnyArray, "P 4"],
+    shares: Float[AnyArray, "P 4"],
 ) -> Float[Array, "F P D"]:
     """Step: hidden values of every patch with its learned position added."""
     x = embedding(patches)
@@ -160,7 +160,7 @@ def embed_patches(
 
 @functools.partial(jax.jit, static_argnames=("theta", "head_dim"))
 def vision_angles(
-    rows_columns: Int[Array, "P 2"], *, theta: float, head_dim: int
+    rows_columns: Int[AnyArray, "P 2"], *, theta: float, head_dim: int
 ) -> tuple[Float[Array, "P head_dim"], Float[Array, "P head_dim"]]:
     """Step: cos and sin of every patch, float32."""
     return vision_rotation(rows_columns, theta, head_dim)
@@ -172,7 +172,7 @@ def vision_block(
     x: Float[Array, "F P D"],
     cos: Float[Array, "P head_dim"],
     sin: Float[Array, "P head_dim"],
-    valid: Bool[Array, " P"],
+    valid: Bool[AnyArray, " P"],
 ) -> Float[Array, "F P D"]:
     """Step: one block."""
     x = x + block.attn(block.norm1(x), cos, sin, valid)
@@ -187,11 +187,11 @@ def merge_patches(merger: Merger, x: Float[Array, "F P D"]) -> Float[Array, "F t
 
 def encode_frames(
     tower: VisionTower,
-    patches: Float[Array, "F P values"],
-    taps: Int[Array, "P 4"],
-    shares: Float[Array, "P 4"],
-    rows_columns: Int[Array, "P 2"],
-    valid: Bool[Array, " P"],
+    patches: Float[AnyArray, "F P values"],
+    taps: Int[AnyArray, "P 4"],
+    shares: Float[AnyArray, "P 4"],
+    rows_columns: Int[AnyArray, "P 2"],
+    valid: Bool[AnyArray, " P"],
     *,
     config: VisionConfig,
 ) -> tuple[Float[Array, "F tokens H"], tuple[Float[Array, "F tokens H"], ...]]:

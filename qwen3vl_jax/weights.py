@@ -13,7 +13,7 @@ I MLP width, E experts, V vocabulary.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Entry:
         return self.path if self.rows is None else self.path.rpartition(".")[0]
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Weights that can be read one array at a time, whatever the format on disk."""
 

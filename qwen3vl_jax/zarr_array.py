@@ -115,7 +115,7 @@ def check_array_files(directory: Path, name: str, array: StoredArray) -> None:
     metadata = zarr_json(array)
     if read_small(folder / ZARR_NAME) != metadata:
         raise WeightError(
-            f"{folder / ZARR_NAME} is not what {MANIFEST_NAME} implies; it is damaged: "
+            f"{folder / ZARR_NAME} is not what the manifest implies: it is damaged; "
             "convert the model again"
         )
     for chunk, size in chunk_files(array).items():
@@ -126,7 +126,7 @@ def check_array_files(directory: Path, name: str, array: StoredArray) -> None:
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:
             raise WeightError(
                 f"{folder / chunk} has {status.st_size:,} B, wanted a regular file of {size:,} B; "
-                "it is truncated or damaged: convert the model again"
+                "convert the model again"
             )
 
 

@@ -16,8 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; the last line is one JSON object."""
     args = parse(argv)
     results = [
-        measure(dtype, rows, args)
-        for dtype, rows in itertools.product(args.dtype, args.rows)
+        measure(dtype, rows, args) for dtype, rows in itertools.product(args.dtype, args.rows)
     ]
     print(json.dumps({"out": args.out, "in": args.inputs, "GB_per_s": results}))
     return 0
@@ -29,7 +28,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--in", type=int, default=2048, dest="inputs", help="default 2048")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])
     parser.add_argument(
-        "--dtype", nargs="+", default=["bfloat16", "float16", "float32"],
+        "--dtype",
+        nargs="+",
+        default=["bfloat16", "float16", "float32"],
         choices=["bfloat16", "float16", "float32"],
     )
     parser.add_argument("--repeats", type=int, default=8, help="runs over every weight (default 8)")
@@ -46,7 +47,9 @@ def measure(dtype: str, rows: int, args: argparse.Namespace) -> dict[str, object
 
     key = jax.random.key(0)
     weights = [
-        jax.random.normal(jax.random.fold_in(key, i), (args.out, args.inputs), jnp.float32).astype(dtype)
+        jax.random.normal(jax.random.fold_in(key, i), (args.out, args.inputs), jnp.float32).astype(
+            dtype
+        )
         for i in range(4)
     ]
     x = jax.random.normal(key, (rows, args.inputs), jnp.float32).astype(dtype)
@@ -63,7 +66,10 @@ def measure(dtype: str, rows: int, args: argparse.Namespace) -> dict[str, object
         best[name] = min(best[name], time.perf_counter() - start)
     speeds = {name: round(weights[0].nbytes / seconds / 1e9, 2) for name, seconds in best.items()}
     chosen = formulation(rows, x.dtype, kernel=kernel)
-    print(f"{dtype:9s} {rows:4d} rows  linear: {chosen:9s}", *(f"{n} {s:6.2f}" for n, s in speeds.items()))
+    print(
+        f"{dtype:9s} {rows:4d} rows  linear: {chosen:9s}",
+        *(f"{n} {s:6.2f}" for n, s in speeds.items()),
+    )
     return {"dtype": dtype, "rows": rows, "chosen": chosen, **speeds}
 
 

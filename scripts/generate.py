@@ -6,10 +6,11 @@ python scripts/generate.py --model DIR --interactive
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,29 @@ from qwen3vl_jax.errors import BadInputError, Qwen3VLError, UsageError
 from qwen3vl_jax.interrupts import Guard, Meaning
 
 if TYPE_CHECKING:
-    from qwen3vl_jax import Processor, Qwen3VL
+    from qwen3vl_jax import Qwen3VL
     from qwen3vl_jax.chat import Chat
     from qwen3vl_jax.generation_settings import GenerationSettings
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"
-MAX_STDIN_BYTES = 256 << 20
+# One more than a picture may have: the reader of pictures then says that it is too large.
+MAX_STDIN_BYTES = (64 << 20) + 1
 COMMANDS = "/image PATH, /clear, /stats, /quit"
+
+Part = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory, and what it took to get it there."""
+
+    model: "Qwen3VL"
+    seconds: float
+    read_bytes: int | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer one question, or many with --interactive. Returns the exit code of `console.run`."""
+    """Answer one question, or many with --interactive. Returns an exit code of `console.run`."""
     try:
         options = _parser().parse_args(argv)
         _check(options)
@@ -40,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return console.run(lambda guard: work(options, guard), debug=options.debug)
 
 
+# ---- the command line ----
+
+
 def _parser() -> argparse.ArgumentParser:
     from qwen3vl_jax import __version__
 
@@ -47,101 +63,318 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, default=SHIPPED_CHECKPOINT, metavar="DIR", help="a checkpoint; by default the shipped one")  # fmt: skip  # noqa: E501
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the checkpoint's")
-    _add_prompt(parser)
-    _add_sampling(parser)
-    add("--interactive", action="store_true", help=f"chat; {COMMANDS}; Ctrl-C stops an answer")
-    add("--json", action="store_true", help="write one JSON object to stdout instead of the text")
+    add(
+        "--model",
+        type=Path,
+        default=SHIPPED_CHECKPOINT,
+        metavar="DIR",
+        help="a checkpoint directory (default: the small one that is shipped)",
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    _add_question(parser)
+    _add_settings(parser)
+    add("--interactive", action="store_true", help=f"chat: {COMMANDS}; Ctrl-C stops an answer")
+    add("--json", action="store_true", help="write one JSON object to stdout, not the text")
     add("-q", "--quiet", action="store_true", help="no statistics and no progress on stderr")
     add("--debug", action="store_true", help="show a traceback on errors")
     add("--version", action="version", version=f"%(prog)s (qwen3vl-jax) {__version__}")
     return parser
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is asked")
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the question")
     add = group.add_argument
-    # One list for both, so that pictures and videos keep their order.
-    add("--image", dest="media", action="append", type=lambda path: ("image", path), metavar="PATH",
-        help="a picture: a file, a data URL, or - for stdin; may be repeated")  # fmt: skip
-    add("--video", dest="media", action="append", type=lambda path: ("video", path), metavar="PATH",
-        help="a video file, or a folder of frames; may be repeated")  # fmt: skip
+    # Both go to one list, so that pictures and videos keep their order.
+    for kind, text in (("image", "a picture: a file, a data URL or -"), ("video", "a video file")):
+        add(
+            f"--{kind}",
+            dest="media",
+            action="append",
+            type=_of_kind(kind),
+            metavar="PATH",
+            help=f"{text}; may be repeated",
+        )
     frames = group.add_mutually_exclusive_group()
-    frames.add_argument("--fps", type=float, metavar="N", help="frames per second of a video")
-    frames.add_argument("--num-frames", type=int, metavar="N", help="frames of a video in all")
-    add("--min-pixels", type=int, metavar="N", help="enlarge smaller pictures and frames")
-    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures and frames")
-    text = group.add_mutually_exclusive_group()
-    text.add_argument("-p", "--prompt", metavar="TEXT", help="the question; - reads stdin")
-    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the question")
+    frames.add_argument("--fps", type=_above_zero(float), metavar="N", help="frames per second")
+    frames.add_argument("--num-frames", type=_above_zero(int), metavar="N", help="frames in all")
+    add("--min-pixels", type=_above_zero(int), metavar="N", help="enlarge what has fewer")
+    add("--max-pixels", type=_above_zero(int), metavar="N", help="shrink what has more")
+    text_group = group.add_mutually_exclusive_group()
+    text_group.add_argument("-p", "--prompt", metavar="TEXT", help="the text; - reads stdin")
+    text_group.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the text")
     add("--system-prompt", "--system", metavar="TEXT", help="an instruction before everything")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "how it is answered (by default as the checkpoint's generation_config.json says)"
+        "the answer", "What is not given is as the checkpoint's generation_config.json says."
     )
     add = group.add_argument
-    add("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help="length of an answer")
+    add("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help="its length at most")
     heat = group.add_mutually_exclusive_group()
     heat.add_argument("--temperature", "--temp", type=float, metavar="T", help="0 is greedy")
     heat.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: from all")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest that hold this chance")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest; 0 is from all")
-    add("--min-p", type=float, metavar="P", help="leave out what is this much less likely")
-    add("--repetition-penalty", type=float, metavar="R", help="above 1: against repeating")
-    add("--presence-penalty", type=float, metavar="P", help="subtracted from what was said")
+    add("--min-p", type=float, metavar="P", help="drop what has less than P x the best chance")
+    add("--repetition-penalty", type=float, metavar="R", help="over 1: against repeating")
+    add("--presence-penalty", type=float, metavar="P", help="over 0: against repeating itself")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def _of_kind(kind: str) -> Callable[[str], tuple[str, str]]:
+    return lambda path: (kind, path)
+
+
+def _above_zero(number: type[int] | type[float]) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        value = number(text)
+        if not 0 < value < 1 << 40:
+            raise argparse.ArgumentTypeError(f"{text} is not a number over 0")
+        return value
+
+    return parse
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UsageError for options that do not go together."""
     options.media = options.media or []
     kinds = {kind for kind, _ in options.media}
-    from_stdin = [path for _, path in options.media if path == "-"]
-    from_stdin += ["-"] if options.prompt == "-" else []
-    if options.interactive and (options.json or from_stdin):
-        raise UsageError("--interactive reads questions from stdin and writes text; drop --json or -")
-    if len(from_stdin) > 1:
-        raise UsageError("stdin can be read once; use - for one thing only")
-    if ("video", "-") in options.media:
-        raise UsageError("--video: a video cannot be read from stdin; name a file")
-    if not options.interactive and options.prompt is None and options.prompt_file is None:
-        raise UsageError("nothing is asked; give --prompt TEXT, --prompt-file FILE or --interactive")
-    if "video" not in kinds and (options.fps is not None or options.num_frames is not None):
-        raise UsageError("--fps and --num-frames are for videos; give --video, or drop them")
-    limits = options.min_pixels is not None or options.max_pixels is not None
-    if limits and not kinds and not options.interactive:
-        raise UsageError("--min-pixels and --max-pixels need a picture; give --image or drop them")
+    stdin_uses = [path for _, path in options.media if path == "-"].count("-")
+    stdin_uses += options.prompt == "-"
+    sized = options.min_pixels is not None or options.max_pixels is not None
+    timed = options.fps is not None or options.num_frames is not None
+    greedy = options.greedy or options.temperature == 0
+    filters = (options.top_k, options.top_p, options.min_p)
+    rules = (
+        (stdin_uses > 1, "stdin can be read once; use - for one thing only"),
+        (("video", "-") in options.media, "a video cannot come from stdin; name a file"),
+        (options.interactive and stdin_uses, "--interactive reads from stdin; name a file, not -"),
+        (options.interactive and options.json, "--json is for one answer; drop --interactive"),
+        (timed and "video" not in kinds, "--fps and --num-frames are for videos; give --video"),
+        (
+            sized and not kinds and not options.interactive,
+            "--min-pixels and --max-pixels are for pictures; give --image or --video",
+        ),
+        (
+            greedy and filters != (None, None, None),
+            "greedy draws nothing, so --top-k, --top-p and --min-p mean nothing; drop them",
+        ),
+        (
+            not options.interactive and options.prompt is None and options.prompt_file is None,
+            "nothing is asked; give --prompt TEXT, --prompt-file FILE or --interactive",
+        ),
+    )
+    for broken, message in rules:
+        if broken:
+            raise UsageError(message)
+
+
+# ---- one answer ----
 
 
 def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
-    settings, chat, processor_s = _prepared(options)
-    turn = chat.prepare([*_media(options), {"type": "text", "text": _prompt(options)}])
-    model, load = _load(options)
-    for piece in chat.ask(model, turn):
+    parts = _question(options)
+    settings, chat = _prepared(options)
+    turn = chat.prepare(parts)
+    loaded = _load(options)
+    for piece in chat.ask(loaded.model, turn):
         if not options.json:
             print(piece, end="", flush=True)
     if not options.json:
         print(flush=True)
-    _print_statistics(options, chat, settings, load)
+    if not options.quiet:
+        _print_statistics(chat, settings, loaded)
     if options.json:
-        print(json.dumps(_report(chat, settings, load)), flush=True)
+        print(json.dumps(_report(chat, settings, loaded)), flush=True)
     return 0
+
+
+def _question(options: argparse.Namespace) -> list[Part]:
+    parts = [_media_part(options, kind, source) for kind, source in options.media]
+    if options.prompt is None and options.prompt_file is None:
+        return parts
+    return [*parts, {"type": "text", "text": _prompt(options)}]
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    if options.prompt not in (None, "-"):
+        return str(options.prompt)
+    name = "stdin" if options.prompt == "-" else str(options.prompt_file)
+    try:
+        if options.prompt == "-":
+            return sys.stdin.buffer.read(MAX_STDIN_BYTES).decode()
+        with Path(options.prompt_file).open("rb") as file:
+            return file.read(MAX_STDIN_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{name}: not UTF-8 text at byte {error.start}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise BadInputError(f"{name}: no such file; name a text file") from None
+
+
+def _media_part(options: argparse.Namespace, kind: str, source: str) -> Part:
+    part: Part = {
+        "type": kind,
+        kind: sys.stdin.buffer.read(MAX_STDIN_BYTES) if source == "-" else source,
+        "min_pixels": options.min_pixels,
+        "max_pixels": options.max_pixels,
+    }
+    if kind == "video":
+        part |= {"fps": options.fps, "num_frames": options.num_frames}
+    return part
+
+
+def _prepared(options: argparse.Namespace) -> tuple["GenerationSettings", "Chat"]:
+    """Settings and a chat, before any weight is read: mistakes should show at once."""
+    import secrets
+
+    from qwen3vl_jax.generation_settings import load_settings
+
+    filtered = (options.top_k, options.top_p, options.min_p) != (None, None, None)
+    sample = None if options.temperature is not None or not filtered else True
+    settings = load_settings(options.model).override(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=False if options.greedy else sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        seed=secrets.randbits(32) if options.seed is None else options.seed,
+        stop_strings=options.stop,
+    )
+    from qwen3vl_jax import Processor
+
+    processor = Processor.from_pretrained(options.model)
+    from qwen3vl_jax.chat import Chat
+
+    return settings, Chat(processor, settings, system=options.system_prompt)
+
+
+def _load(options: argparse.Namespace) -> Loaded:
+    from qwen3vl_jax import Qwen3VL
+
+    if not options.quiet:
+        console.say(f"loading {options.model}")
+    started, read_before = time.perf_counter(), console.read_bytes()
+    model = Qwen3VL.from_pretrained(options.model, dtype=options.dtype)
+    for array in model.parameters.values():
+        array.block_until_ready()
+    read = console.read_bytes()
+    return Loaded(
+        model,
+        time.perf_counter() - started,
+        None if read is None or read_before is None else read - read_before,
+    )
+
+
+# ---- statistics ----
+
+
+def _print_statistics(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> None:
+    answer = chat.last
+    if answer is None:
+        console.say("no answer yet")
+        return
+    computed_s = answer.vision_s + answer.prefill_s
+    rate = "" if answer.tokens_per_s is None else f", {answer.tokens_per_s:.1f} tokens/s"
+    seed = "" if settings.greedy else f", seed {settings.seed}"
+    console.say(
+        f"Prompt: {answer.prompt_tokens} tokens, {answer.prompt_tokens / computed_s:.1f} tokens/s "
+        f"(vision {answer.vision_s:.2f} s, prefill {answer.prefill_s:.2f} s)\n"
+        f"Generation: {len(answer.tokens)} tokens{rate}{seed}\n"
+        f"Peak memory: {console.peak_process_bytes() / 1e9:.2f} GB; "
+        f"loaded in {loaded.seconds:.2f} s; {chat.cached_tokens} tokens in the cache"
+    )
+
+
+def _report(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> dict[str, Any]:
+    answer = chat.last
+    assert answer is not None
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "ending": answer.ending,
+        "seed": None if settings.greedy else settings.seed,
+        "seconds": {
+            "load": loaded.seconds,
+            "vision": answer.vision_s,
+            "prefill": answer.prefill_s,
+            "decode": answer.decode_s,
+        },
+        "decode_tokens_per_s": answer.tokens_per_s,
+        "peak_bytes": {"process": console.peak_process_bytes()},
+        "read_bytes": loaded.read_bytes,
+    }
+
+
+# ---- a conversation ----
 
 
 def _converse(options: argparse.Namespace, guard: Guard) -> int:
-    """Answers line after line. A failed question is reported and forgotten."""
+    """Answers line after line until /quit or Ctrl-D."""
     settings, chat = _prepared(options)
-    model, load = _load(options)
-    media = _media(options)
-    question = _prompt(options)
-    while True:
-        if question is None:
-            question = _next_line(guard, waiting_pictures=len(media))
-        match (question or "/quit").split(maxsplit=1) if question is not None else ["/quit"]:
-            case _:
+    waiting = _question(options)
+    loaded = _load(options)
+    if options.prompt is not None or options.prompt_file is not None:
+        _answer_aloud(chat, loaded, waiting, guard)
+        waiting = []
+    for line in _typed_lines(guard):
+        match line.split(maxsplit=1):
+            case []:
                 pass
+            case ["/quit"]:
+                break
+            case ["/clear"]:
+                chat.clear()
+                waiting = []
+            case ["/stats"]:
+                _print_statistics(chat, settings, loaded)
+            case ["/image", path]:
+                waiting.append(_media_part(options, "image", path))
+            case [word, *_] if word.startswith("/"):
+                console.say(f"{word} cannot be done; there are {COMMANDS}")
+            case _:
+                _answer_aloud(chat, loaded, [*waiting, {"type": "text", "text": line}], guard)
+                waiting = []
     return 0
+
+
+def _answer_aloud(chat: "Chat", loaded: Loaded, parts: list[Part], guard: Guard) -> None:
+    """Prints one answer. A question that fails is reported and forgotten."""
+    try:
+        with guard.meaning(Meaning.STOP):
+            turn = chat.prepare(parts)
+            for piece in chat.ask(loaded.model, turn, lambda: guard.stop_requested):
+                print(piece, end="", flush=True)
+            print(flush=True)
+    except Qwen3VLError as error:
+        console.failed(error, debug=False)
+
+
+def _typed_lines(guard: Guard) -> Iterator[str]:
+    """Lines from a terminal, with editing, or from a pipe; ends at the end of input."""
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() then has history and editing
+        console.say(f"Ctrl-D leaves, Ctrl-C stops an answer; {COMMANDS}")
+    while True:
+        try:
+            with guard.meaning(Meaning.RAISE):
+                line = input("> ") if terminal else sys.stdin.readline()
+        except KeyboardInterrupt:
+            console.say("\nCtrl-D leaves")
+            continue
+        except EOFError:
+            return
+        if not terminal and not line:
+            return
+        yield line.strip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

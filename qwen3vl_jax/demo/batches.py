@@ -27,6 +27,8 @@ TRAINING_STREAM = 1
 VALIDATION_STREAM = 2
 TEST_STREAM = 3
 EXAMPLE_STREAM = 4
+CELL_CONTENTS = ("empty", "item", "word", "number")
+NOTHING = "<|vision_pad|>"
 _CAPTION_KINDS = ("word", "number", "text")
 
 
@@ -65,6 +67,7 @@ class ChatTokens:
         )
         self.image_pad: int = tokenizer.token_to_id("<|image_pad|>")
         self.pad: int = tokenizer.token_to_id("<|endoftext|>")
+        self.end: int = tokenizer.token_to_id("<|im_end|>")
 
     def opening(self, pictures: int) -> tuple[int, ...]:
         """The first user turn up to its question: the pictures."""
@@ -134,6 +137,42 @@ def make_batch(
         "labels": labels,
         "kinds": kinds,
     }
+
+
+def make_naming_batch(
+    chat: ChatTokens, layout: Layout, mixture: Mixture, *, stream: int, number: int
+) -> dict[str, np.ndarray]:
+    """Pictures with words for every cell: `pixel_values`, `words` [pictures, cells, 6] and `cells`.
+
+    `words` are the tokens that say what a cell shows, in both forms (with a space in front and
+    without), filled up with IGNORED; `cells` [pictures, cells] is the index of the cell's content
+    in CELL_CONTENTS. A cell of the board is exactly one vision token.
+    """
+    rng = np.random.default_rng((20260922, stream, number))
+    words = np.full((layout.rows, TOKENS_PER_PICTURE, 6), IGNORED, np.int32)
+    contents = np.zeros((layout.rows, TOKENS_PER_PICTURE), np.int32)
+    pictures = []
+    for row in range(layout.rows):
+        scene = sample_scene(rng, mixture.limits)
+        pictures.append(render(scene))
+        for cell, (content, texts) in enumerate(_cell_words(scene)):
+            ids = [ids[0] for text in texts for ids in map(chat.encode, (text, f" {text}")) if len(ids) == 1]
+            words[row, cell, : len(ids)] = ids
+            contents[row, cell] = CELL_CONTENTS.index(content)
+    return {"pixel_values": patches(np.stack(pictures)), "words": words, "cells": contents}
+
+
+def _cell_words(scene: Scene) -> list[tuple[str, tuple[str, ...]]]:
+    """What each cell shows. The three cells of a number name its first, second and third digit."""
+    shown: list[tuple[str, tuple[str, ...]]] = [("empty", (NOTHING,))] * TOKENS_PER_PICTURE
+    for item in scene.items:
+        shown[item.cell] = ("item", (item.colour, item.shape, item.size))
+    if (caption := scene.caption) is not None:
+        for column in range(3):
+            text = caption.text if caption.kind == "word" else caption.text[column : column + 1]
+            texts = (caption.colour, caption.kind, text) if text else (caption.colour, caption.kind)
+            shown[3 * caption.row + column] = (caption.kind, texts)
+    return shown
 
 
 def _fill(

@@ -1,16 +1,18 @@
 """Joins the demo's batches to the network: what the training loop needs."""
 
 import dataclasses
-from pathlib import Path
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from qwen3vl_jax import inputs
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.demo import recipe
 from qwen3vl_jax.demo.batches import (
+    CELL_CONTENTS,
     GRID,
     IGNORED,
     MERGE,
@@ -18,69 +20,127 @@ from qwen3vl_jax.demo.batches import (
     TRAINING_STREAM,
     ChatTokens,
     make_batch,
+    make_naming_batch,
 )
 from qwen3vl_jax.demo.questions import KINDS
-from qwen3vl_jax.demo.recipe import Stage
-from qwen3vl_jax.frames import Piece, block_order, table_taps
+from qwen3vl_jax.frames import AnyArray, Piece, block_order, table_taps
 from qwen3vl_jax.inputs import INPUT_NAMES
 from qwen3vl_jax.network import Batch, Qwen3VLNetwork, forward, network_from_arrays
+from qwen3vl_jax.text import head
 from qwen3vl_jax.train import Loss, Parameters, cross_entropy
+from qwen3vl_jax.vision import encode_frames
 
-Prepared = tuple[Batch, np.ndarray, np.ndarray]  # what the network reads, labels, kinds
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["batch", "labels", "kinds"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turns:
+    """Questions and answers: what the network reads, the answers' tokens, the kinds of the questions."""
+
+    batch: Batch
+    labels: AnyArray
+    kinds: AnyArray
 
 
-def prepare(arrays: dict[str, np.ndarray], config: Config) -> Prepared:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["piece", "words", "cells"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, slots=True)
+class Naming:
+    """Pictures alone, and the words for each of their cells."""
+
+    piece: Piece
+    words: AnyArray
+    cells: AnyArray
+
+
+def prepare(arrays: dict[str, np.ndarray], config: Config) -> Turns:
     """The network's view of a batch from `make_batch`.
 
     The same numbers as `inputs.prepare` gives, but frames are not padded to a bucket: 36 patches, not 64.
     """
     read = {name: arrays[name] for name in INPUT_NAMES if name in arrays}
     batch, _ = inputs.prepare(config, read, pictures=False)
-    pictures = len(arrays["image_grid_thw"])
+    return Turns(
+        dataclasses.replace(batch, pieces=(_piece(arrays["pixel_values"], config),)),
+        arrays["labels"],
+        arrays["kinds"],
+    )
+
+
+def _piece(pixels: Float[np.ndarray, "patches values"], config: Config) -> Piece:
+    pictures = len(pixels) // GRID**2
     place = block_order(GRID, GRID, MERGE)
     taps, shares = table_taps(place, GRID, GRID, config.vision.table_side)
-    count = pictures * TOKENS_PER_PICTURE
-    piece = Piece(
-        patches=arrays["pixel_values"].reshape(pictures, GRID * GRID, -1),
+    rows = np.arange(pictures * TOKENS_PER_PICTURE, dtype=np.int32)
+    return Piece(
+        patches=pixels.reshape(pictures, GRID**2, -1),
         taps=taps,
         shares=shares,
         rows_columns=place,
-        valid=np.ones(GRID * GRID, bool),
-        token_rows=np.arange(count, dtype=np.int32).reshape(pictures, -1),
+        valid=np.ones(GRID**2, bool),
+        token_rows=rows.reshape(pictures, -1),
     )
-    return dataclasses.replace(batch, pieces=(piece,)), arrays["labels"], arrays["kinds"]
 
 
-def batches(chat: ChatTokens, config: Config, stages: tuple[Stage, ...], number: int) -> Prepared:
+def batches(chat: ChatTokens, config: Config, number: int) -> Turns | Naming:
     """Training batch `number` of the curriculum."""
-    layout, mixture = recipe.plan(number, stages)
-    arrays = make_batch(chat, layout, mixture, stream=TRAINING_STREAM, number=number)
-    return prepare(arrays, config)
+    layout, mixture = recipe.plan(number)
+    if layout == recipe.NAMING:
+        arrays = make_naming_batch(chat, layout, mixture, stream=TRAINING_STREAM, number=number)
+        return Naming(_piece(arrays["pixel_values"], config), arrays["words"], arrays["cells"])
+    return prepare(make_batch(chat, layout, mixture, stream=TRAINING_STREAM, number=number), config)
 
 
 def make_loss(network: Qwen3VLNetwork, config: Config, end_token: int) -> Loss:
-    """Cross entropy of the answers; metrics: share of right tokens per kind of question, end tokens apart."""
+    """The loss of either kind of batch, with a metric for each kind of question or cell."""
 
-    def loss(parameters: Parameters, prepared: Prepared) -> tuple[jax.Array, dict[str, jax.Array]]:
-        batch, labels, kinds = prepared
-        logits = forward(network_from_arrays(network, parameters), batch, config)
-        wanted = labels[:, 1:]
-        counted = (wanted != IGNORED) & (wanted != end_token)
-        right = (jnp.argmax(logits[:, :-1], axis=-1) == wanted) & counted
-        metrics = {}
-        for index, name in enumerate(KINDS):
-            chosen = counted & (kinds[:, 1:] == index)
-            metrics[name] = (right & chosen).sum().astype(jnp.float32) / chosen.sum().astype(jnp.float32)
-        return cross_entropy(logits, labels), metrics
+    def loss(parameters: Parameters, batch: Turns | Naming) -> tuple[jax.Array, dict[str, jax.Array]]:
+        filled = network_from_arrays(network, parameters)
+        if isinstance(batch, Naming):
+            return naming_loss(filled, batch, config)
+        return answer_loss(filled, batch, config, end_token)
 
     return loss
 
 
-def tokenizer_ids(directory: Path) -> dict[str, int]:
-    """Ids of the added tokens of the tokenizer in `directory`."""
-    from tokenizers import Tokenizer
+def answer_loss(
+    network: Qwen3VLNetwork, turns: Turns, config: Config, end_token: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of the answers; metrics: share of right tokens per kind of question, end tokens apart."""
+    logits = forward(network, turns.batch, config)
+    wanted = turns.labels[:, 1:]
+    counted = (wanted != IGNORED) & (wanted != end_token)
+    right = ((jnp.argmax(logits[:, :-1], axis=-1) == wanted) & counted).astype(jnp.float32)
+    metrics = {
+        name: _mean_where(right, counted & (turns.kinds[:, 1:] == index)) for index, name in enumerate(KINDS)
+    }
+    return cross_entropy(logits, turns.labels), metrics
 
-    from qwen3vl_jax.demo.tokenizer import ADDED, SPECIAL
 
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return {token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
+def naming_loss(
+    network: Qwen3VLNetwork, naming: Naming, config: Config
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of each vision token, read as a word, to the words for its cell in equal shares.
+
+    Metrics: the probability of all words of a cell together, for each content of cells.
+    """
+    piece = naming.piece
+    tokens, _ = encode_frames(
+        network.visual,
+        piece.patches,
+        piece.taps,
+        piece.shares,
+        piece.rows_columns,
+        piece.valid,
+        config=config.vision,
+    )
+    log_odds = jax.nn.log_softmax(head(network.language_model.norm, network.head, tokens), axis=-1)
+    known = naming.words != IGNORED
+    chosen = jnp.take_along_axis(log_odds, jnp.where(known, naming.words, 0), axis=-1)
+    surprise = jnp.where(known, -chosen, jnp.float32(0)).sum(axis=-1) / known.sum(axis=-1).astype(jnp.float32)
+    together = jnp.where(known, jnp.exp(chosen), jnp.float32(0)).sum(axis=-1)
+    metrics = {
+        f"cell: {name}": _mean_where(together, naming.cells == index) for index, name in enumerate(CELL_CONTENTS)
+    }
+    return surprise.mean(), metrics
+
+
+def _mean_where(values: Float[Array, "*shape"], where: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    return jnp.where(where, values, jnp.float32(0)).sum() / where.sum().astype(jnp.float32)

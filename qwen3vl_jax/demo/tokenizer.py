@@ -71,6 +71,14 @@ def write_tokenizer(directory: Path) -> None:
     shutil.copyfile(_TEMPLATE, directory / "chat_template.jinja")
 
 
+def added_ids(directory: Path) -> dict[str, int]:
+    """Ids of the added tokens of the tokenizer in `directory`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return {token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
+
+
 def _settings(ids: dict[str, int]) -> dict[str, object]:
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {

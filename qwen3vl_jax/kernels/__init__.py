@@ -1,19 +1,20 @@
-"""A product kernel for few rows on x86-64: built at its first use, or reported as absent.
+"""Products and attention for few rows on x86-64: built at their first use, or reported as absent.
 
 XLA:CPU has no formulation that reads a 16-bit weight at the speed of memory inside a whole layer
-(DECISIONS.md has the figures), so linear.cc does, called through jax.ffi. Where there is no
-compiler, no AVX2 or another processor, `linear` uses XLA alone: the same results within rounding.
+(DECISIONS.md has the figures), so kernels.cc does, called through jax.ffi. Where there is no
+compiler, no AVX2 or another processor, XLA computes all: the same results within rounding.
 `QWEN3VL_JAX_KERNELS=off` asks for that on purpose.
 """
 
 import dataclasses
 import functools
+import itertools
 import os
 import platform
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from qwen3vl_jax.kernels.build import BuildError, load_cached
 
@@ -45,23 +46,48 @@ def status() -> Status:
     except (BuildError, OSError) as error:
         return Status((), str(error))
     usable = tuple(name for name in INSTRUCTION_SETS if library[f"qwen3vl_has_{name}"]())
-    for name in usable:
-        handler = library[f"qwen3vl_linear_{name}"]
-        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(handler), platform="cpu")
+    for name in itertools.product(("linear", "attention"), usable):
+        target = "qwen3vl_{}_{}".format(*name)
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
     return Status(usable, usable[0] if usable else "this processor has neither AVX2 nor AVX-512")
 
 
+def usable() -> bool:
+    """Should what is traced now call the kernels? Not for an accelerator: nothing is built then."""
+    return jax.default_backend() == "cpu" and status().active
+
+
 def few_rows_product(
-    rows: Float[Array, "rows in"], weight: Float[Array, "out in"], *, instruction_set: str | None = None
+    rows: Float[Array, "rows in"],
+    weight: Float[Array, "out in"],
+    *,
+    instruction_set: str | None = None,
 ) -> Float[Array, "rows out"]:
     """`rows @ weight.T` in float32 on a CPU, each row computed as if it were alone.
 
     Only where `status()` is active; `instruction_set` is one of those, by default the best.
     """
-    name = instruction_set or status().instruction_sets[0]
     result = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(_target(name), result)(rows, weight)
+    return jax.ffi.ffi_call(_target("linear", instruction_set), result)(rows, weight)
 
 
-def _target(instruction_set: str) -> str:
-    return f"qwen3vl_jax_linear_{instruction_set}"
+def one_token_attention(
+    queries: Float[Array, "BK G D"],
+    keys: Float[Array, "BK S D"],
+    values: Float[Array, "BK S D"],
+    seen: Bool[Array, "B S"],
+    *,
+    instruction_set: str | None = None,
+) -> Float[Array, "BK G D"]:
+    """Softmax attention in float32 of one token per row over the slots that are `seen`, on a CPU.
+
+    Blocks of slots that are not seen are not read. A row that sees nothing gives zeros.
+    Only where `status()` is active.
+    """
+    result = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
+    call = jax.ffi.ffi_call(_target("attention", instruction_set), result)
+    return call(queries, keys, values, seen)
+
+
+def _target(operation: str, instruction_set: str | None) -> str:
+    return f"qwen3vl_{operation}_{instruction_set or status().instruction_sets[0]}"

@@ -12,13 +12,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
-SOURCE = "linear.cc"
-HEADERS = ("linear_rows.h",)
+SOURCE = "kernels.cc"
+HEADERS = ("attention_rows.h", "linear_rows.h", "pool.h", "vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_LIMIT_S = 120.0
@@ -51,7 +51,7 @@ def load(directory: Path) -> ctypes.CDLL:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(directory)
-    path = directory / f"linear-{_digest()}.so"
+    path = directory / f"kernels-{_digest()}.so"
     if not path.exists():
         _compile(path)
     _require_private(path)
@@ -95,7 +95,7 @@ def _compile(path: Path) -> None:
 
 def _digest() -> str:
     here = Path(__file__).parent
-    digest = hashlib.sha256(repr((FLAGS, jaxlib.__version__)).encode())
+    digest = hashlib.sha256(repr((FLAGS, version("jaxlib"))).encode())
     for name in (SOURCE, *HEADERS):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()[:20]

@@ -124,7 +124,7 @@ def test_a_setting_that_is_not_computed_is_an_error_that_names_it(
         (("text_config", "rope_scaling", "mrope_section"), [24, 20, 16], "sums to 60.*64 pairs"),
         (("vision_config", "num_position_embeddings"), 2303, "2303 is not a square"),
         (("vision_config", "out_hidden_size"), 4096, "4096 differs from .* 2048"),
-        (("vision_config", "deepstack_visual_indexes"), [8, 8, 24], "repeat a block"),
+        (("vision_config", "deepstack_visual_indexes"), [8, 8, 24], "repeats a block"),
         (("vision_config", "deepstack_visual_indexes"), [8, 16, 27], "from 0 to 26"),
         (("vision_config", "num_heads"), 64, "head_dim 18 is not a multiple of 4"),
         (("text_config", "num_experts_per_tok"), 129, "from 1 to 128"),

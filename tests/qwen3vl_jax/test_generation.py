@@ -38,9 +38,7 @@ class TableModel:
     def encode(self, inputs: dict[str, Any]) -> None:
         return None
 
-    def prefill(
-        self, inputs: dict[str, Any], cache: Any, *, features: None
-    ) -> tuple[Any, Any]:
+    def prefill(self, inputs: dict[str, Any], cache: Any, *, features: None) -> tuple[Any, Any]:
         ids = np.asarray(inputs["input_ids"])
         self.prompts.append(ids.tolist())
         return self._logits(ids[:, -1]), self._next(cache, ids.shape[1])

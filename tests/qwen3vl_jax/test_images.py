@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image
 from pictures import file_of, mutations, picture
+from PIL import Image
 
 from qwen3vl_jax.errors import MediaError
 from qwen3vl_jax.images import load_image, patches_of, prepare_image, smart_resize
@@ -22,7 +22,17 @@ from qwen3vl_jax.media_config import Limits, PixelSettings
 LIMITS = Limits()
 SMALL = PixelSettings(min_pixels=4_096, max_pixels=65_536)
 COLOURS = picture(6, 9, 0)
-SIZES = [(1, 1), (1, 200), (200, 1), (31, 33), (64, 96), (90, 140), (130, 70), (16, 900), (517, 333)]
+SIZES = [
+    (1, 1),
+    (1, 200),
+    (200, 1),
+    (31, 33),
+    (64, 96),
+    (90, 140),
+    (130, 70),
+    (16, 900),
+    (517, 333),
+]
 
 
 def pixels(source: object, limits: Limits = LIMITS) -> np.ndarray:
@@ -48,7 +58,9 @@ def reference() -> Any:
 
 @pytest.mark.parametrize("kind", ["smooth", "noise"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_patches_have_the_bits_of_transformers(size: tuple[int, int], kind: str, reference: Any) -> None:
+def test_patches_have_the_bits_of_transformers(
+    size: tuple[int, int], kind: str, reference: Any
+) -> None:
     array = picture(*size, seed=size[0])
     if kind == "noise":
         array = np.random.default_rng(size[1]).integers(0, 256, array.shape, np.uint8)
@@ -197,7 +209,9 @@ def test_cmyk_black_and_white_and_grey_arrays_become_rgb() -> None:
     assert np.abs(found[8, [2, 24, 45]] - pixels(cmyk)[0].astype(int)).max() <= 4
     assert pixels(Image.fromarray(np.array([[True, False]])))[..., 0].tolist() == [[255, 0]]
     grey = np.array([[1, 2], [3, 4]], np.uint8)
-    assert pixels(grey)[..., 2].tolist() == pixels(grey[:, :, None])[..., 2].tolist() == grey.tolist()
+    assert (
+        pixels(grey)[..., 2].tolist() == pixels(grey[:, :, None])[..., 2].tolist() == grey.tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,17 +327,17 @@ def test_a_damaged_file_is_a_picture_or_a_media_error(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     whole = file_of(Image.fromarray(picture(24, 40, 1)), kind, exif=exif)
-    refused = 0
-    for number, data in enumerate(mutations(whole, 150, seed=len(kind))):
+    messages = []
+    for data in mutations(whole, 150, seed=len(kind)):
         try:
             image = load_image(data, Limits(max_pixels=1 << 20))
         except MediaError as error:
-            assert "0x" not in str(error), number
-            refused += 1
+            messages.append(str(error))
         else:
             assert image.mode == "RGB"
             assert image.width * image.height <= 1 << 20
-    assert refused >= 40
+    assert len(messages) >= 40
+    assert not any("0x" in message or "\n" in message for message in messages)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "JPEG"])

@@ -31,7 +31,7 @@ from qwen3vl_jax import weights
 from qwen3vl_jax.config import Config, load_config
 
 PACKAGE = Path(qwen3vl_jax.__file__).parent
-CASES = ("text_batch_left", "image_video")
+CASES = ("text_batch_left", "image", "image_video")
 CASES_OF = {"dense": CASES, "moe": ("text_batch_left",)}
 
 
@@ -161,7 +161,8 @@ def worst_difference(checkpoint: str) -> float:
         given, answer = tiny.inputs(case), tiny.answers(checkpoint)[case]["logits"]
         real = given["attention_mask"].astype(bool)
         with jax.disable_jit():
-            logits = np.asarray(network_module.forward(network, prepare(config, given)[0], config))
+            batch = jax.device_put(prepare(config, given)[0])
+            logits = np.asarray(network_module.forward(network, batch, config))
         found.append(parity.relative(logits[real], answer[real]))
     return max(found)
 
@@ -176,6 +177,7 @@ def test_a_mutation_is_noticed(mutation: Mutation) -> None:
     weights_of(mutation.checkpoint)
     with mutated(mutation):
         found = worst_difference(mutation.checkpoint)
+    print("MUT", mutation.name, f"{found:.1e}")
     assert found > parity.TOLERANCE
 
 

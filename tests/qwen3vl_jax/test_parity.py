@@ -10,7 +10,14 @@ import tiny
 from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.positions import rope_positions, token_kinds
 
-CASES = [(name, case) for name in tiny.ANSWERS for case in tiny.answers(name)]
+# Every case for one dense and one sparse checkpoint, fewer where only a name or a layout differs.
+FEWER = {"moe", "dense_v4_names", "moe_v4_names"}
+CASES = [
+    (name, case)
+    for name in tiny.ANSWERS
+    for case in tiny.answers(name)
+    if name not in FEWER or case in ("text", "image_video", "batch_left")
+]
 WITH_PICTURES = [(name, case) for name, case in CASES if not case.startswith("text")]
 # One checkpoint of each kind: the others share its vision tower and its positions.
 OWN_WEIGHTS = ("dense", "moe_official_layout")
@@ -56,7 +63,16 @@ def test_logits_are_equal(name: str, case: str, tiny_model: GetModel) -> None:
     assert found < parity.TOLERANCE
 
 
-GREEDY = [(name, case) for name, case in CASES if "greedy" in tiny.answers(name)[case]]
+GREEDY = [
+    ("dense", "text_batch_left"),
+    ("dense", "image_video"),
+    ("dense", "video_odd"),
+    ("dense", "batch_left"),
+    ("dense_tied", "batch_left"),
+    ("moe", "two_images"),
+    ("moe_mixed", "batch_left"),
+    ("moe_official_layout", "image"),
+]
 
 
 @pytest.mark.parametrize(("name", "case"), GREEDY)
@@ -71,7 +87,7 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", ["text", "image", "video", "batch_left"])
+@pytest.mark.parametrize("case", ["image", "video"])
 def test_half_precision_points_the_same_way(case: str, dtype: str, tiny_model: GetModel) -> None:
     # Dense only: in an MoE rounding may choose another expert, and then the numbers are others.
     given, answer = tiny.inputs(case), tiny.answers("dense")[case]["logits"]

@@ -159,13 +159,24 @@ def test_tokens_are_drawn_with_their_chances(padding: int) -> None:
     assert ((observed - expected) ** 2 / expected).sum() < 18.47
 
 
-def test_the_number_of_candidates_does_not_change_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = jnp.array(filtered(logits_of(5), top_k=50))
-    keys = ours.row_keys(3, 3)
-    few = jax.jit(ours.draw)(scores, keys)
-    monkeypatch.setattr(ours, "CANDIDATES", 10)
-    every = jax.jit(lambda s, k: ours.draw(s, k))(scores, keys)
-    np.testing.assert_array_equal(few, every)
+def test_rare_tokens_have_their_share_together() -> None:
+    """One half of the mass is one token, the other half 2,999 tokens that hold 1/5998 each."""
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 1234] = np.log(VOCAB - 1)
+    tokens = draws(logits, 2000, Sampling())[:, 0]
+    # Four standard deviations of a fair coin thrown 2,000 times.
+    assert abs((tokens == 1234).sum() - 1000) < 4 * 22.4
+    rare = tokens[tokens != 1234]
+    # As many different ones as throws into 2,999 cells hit on average: 850, give or take.
+    assert abs(len(np.unique(rare)) - 2999 * (1 - np.exp(-len(rare) / 2999))) < 60
+
+
+def test_what_is_ruled_out_is_never_drawn() -> None:
+    logits = np.full((1, VOCAB), LEFT, np.float32)
+    allowed = [0, 777, 778, VOCAB - 1]
+    logits[0, allowed] = 0.1
+    tokens = draws(logits, 300, Sampling())[:, 0]
+    assert sorted(set(tokens.tolist())) == allowed
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_differs() -> None:

@@ -1,6 +1,7 @@
 """Videos: sampling, sizes and times as transformers has them; files, frame lists, hostile input."""
 
 import base64
+import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image
 from pictures import clip, mutations, picture, video_file
+from PIL import Image
 
 from qwen3vl_jax.conversations import VideoPart
 from qwen3vl_jax.errors import MediaError, UsageError
@@ -40,9 +41,7 @@ def load(source: object, settings: VideoSettings = AS_IS, **options: Any) -> Cli
 def theirs() -> Any:
     """transformers' module; its class is only read, as it cannot be made without torchvision."""
     pytest.importorskip("torch", reason="this part of transformers cannot be imported without it")
-    from transformers.models.qwen3_vl import video_processing_qwen3_vl
-
-    return video_processing_qwen3_vl
+    return importlib.import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl")
 
 
 def test_sampling_is_that_of_transformers(theirs: Any) -> None:
@@ -73,7 +72,12 @@ def test_the_size_of_a_clip_is_that_of_transformers(theirs: Any) -> None:
 def test_the_cap_per_frame_is_that_of_transformers(theirs: Any) -> None:
     settings = VideoSettings(cap_pixels_per_frame=True)
     size = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
-    for frames, height, width in ((4, 1_080, 1_920), (60, 720, 1_280), (768, 480, 640), (2, 50, 60)):
+    for frames, height, width in (
+        (4, 1_080, 1_920),
+        (60, 720, 1_280),
+        (768, 480, 640),
+        (2, 50, 60),
+    ):
         stand_in = SimpleNamespace(
             size=size, patch_size=16, merge_size=2, temporal_patch_size=2, max_video_tokens=768
         )
@@ -128,7 +132,7 @@ def test_num_frames_takes_frames_of_a_list_evenly(tmp_path: Path) -> None:
     for number, frame in enumerate(FRAMES[:9]):
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(frame).save(paths[-1])
-    found = load(paths, num_frames=5, fps=4)
+    found = load(paths, num_frames=5, fps=4.0)
     np.testing.assert_array_equal(found.frames, FRAMES[[0, 2, 4, 6, 8]])
     assert found.timestamps == (0.25, 1.25, 2.0)
 
@@ -172,9 +176,10 @@ def test_a_file_gives_the_sampled_frames_of_pyav(
     url = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
     more = load(url, num_frames=5)
     np.testing.assert_array_equal(more.frames, [every[index] for index in (0, 6, 12, 17, 23)])
-    assert load(path, fps=5.0).timestamps == group_times(
-        np.linspace(0, 23, 12).round().astype(int).tolist(), 10.0, 2
-    )
+    half = load(path, fps=5.0)
+    indices = np.linspace(0, 23, 12).round().astype(int).tolist()
+    np.testing.assert_array_equal(half.frames, [every[index] for index in indices])
+    assert half.timestamps == tuple(group_times(indices, 10.0, 2))
 
 
 def test_file_frames_are_those_of_transformers(theirs: Any, tmp_path: Path) -> None:
@@ -270,13 +275,13 @@ def test_a_truncated_file_is_refused() -> None:
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "mpeg4"), ("webm", "libvpx")])
 def test_a_damaged_file_is_a_clip_or_a_media_error(container: str, codec: str) -> None:
     whole = video_file(FRAMES[:8], container, codec)
-    refused = 0
-    for number, data in enumerate(mutations(whole, 100, seed=7)):
+    messages = []
+    for data in mutations(whole, 100, seed=7):
         try:
             found = load_video(VideoPart(data), AS_IS, Limits(max_pixels=1 << 20))
         except MediaError as error:
-            assert "0x" not in str(error), number
-            refused += 1
+            messages.append(str(error))
         else:
             assert found.frames.ndim == 4
-    assert refused >= 20
+    assert len(messages) >= 20
+    assert not any("0x" in message or "\n" in message for message in messages)

@@ -1,0 +1,109 @@
+"""Rounds of measurements, everything in turn, and what they say together."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qwen3vl_jax.benchmark.ours import Run
+from qwen3vl_jax.benchmark.work import Cost
+
+PHASES = ("vision", "prefill", "prompt", "decode")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Round:
+    """What the machine could do, and what was done with it, within a minute."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+    ours: Run
+    theirs: Run | None
+
+
+def measure(
+    ours: Callable[[], Run],
+    theirs: Callable[[], Run] | None,
+    *,
+    read: Callable[[], float],
+    multiply: Callable[[], float],
+    repeats: int,
+    say: Callable[[str], None],
+) -> list[Round]:
+    """`repeats` rounds after one that is not counted: it compiles, and touches memory first."""
+    rounds = []
+    for number in range(repeats + 1):
+        say(f"round {number} of {repeats}" + (": warming up" if number == 0 else ""))
+        before = read(), multiply()
+        our_run = ours()
+        # The better of two: a bound that a busy neighbour lowered would flatter us.
+        after = read(), multiply()
+        their_run = theirs() if theirs else None
+        rounds.append(Round(max(before[0], after[0]), max(before[1], after[1]), our_run, their_run))
+    return rounds[1:]
+
+
+def summary(rounds: Sequence[Round], costs: Mapping[str, Cost]) -> dict[str, Any]:
+    """Medians over the rounds; a fraction is bound over time, both of the same round."""
+    costs = {**costs, "prompt": costs["vision"] + costs["prefill"]}
+    decode = [round_.ours.decode_s for round_ in rounds]
+    return {
+        "read_bytes_per_s": statistics.median(round_.read_bytes_per_s for round_ in rounds),
+        "flops_per_s": statistics.median(round_.flops_per_s for round_ in rounds),
+        "decode_tokens_per_s": 1 / statistics.median(decode),
+        "phases": {phase: _phase(rounds, phase, costs[phase]) for phase in PHASES},
+        "tokens_agree": _agreeing(rounds[-1]),
+    }
+
+
+def _phase(rounds: Sequence[Round], phase: str, cost: Cost) -> dict[str, Any]:
+    seconds = [round_.ours.seconds(phase) for round_ in rounds]
+    bounds = [
+        cost.bound_s(read_bytes_per_s=round_.read_bytes_per_s, flops_per_s=round_.flops_per_s)
+        for round_ in rounds
+    ]
+    their_seconds = [round_.theirs.seconds(phase) for round_ in rounds if round_.theirs]
+    ratios = [theirs / ours for ours, theirs in zip(seconds, their_seconds, strict=False) if ours]
+    return {
+        "seconds": statistics.median(seconds),
+        "least_s": min(seconds),
+        "most_s": max(seconds),
+        "read_bytes": cost.read_bytes,
+        "flops": cost.flops,
+        "bound_s": statistics.median(bounds),
+        "fraction": statistics.median(
+            bound / taken if taken else 0.0 for bound, taken in zip(bounds, seconds, strict=True)
+        ),
+        "transformers_s": statistics.median(their_seconds) if their_seconds else None,
+        "times_as_fast": statistics.median(ratios) if ratios else None,
+    }
+
+
+def _agreeing(last: Round) -> int | None:
+    """How many tokens both chose before the first difference; None without a comparison."""
+    if last.theirs is None:
+        return None
+    pairs = zip(last.ours.tokens, last.theirs.tokens, strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The phases as lines of text."""
+    lines = [
+        f"memory {result['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"products {result['flops_per_s'] / 1e9:.0f} GFLOP/s, "
+        f"kernels: {result['kernels']}",
+        f"{'phase':8s}{'seconds':>10s}{'least':>10s}{'most':>10s}{'GB read':>9s}{'GFLOP':>9s}"
+        f"{'bound s':>10s}{'reached':>9s}{'transformers s':>16s}{'times':>7s}",
+    ]
+    for name, phase in result["phases"].items():
+        peer = phase["transformers_s"], phase["times_as_fast"]
+        lines.append(
+            f"{name:8s}{phase['seconds']:10.4f}{phase['least_s']:10.4f}{phase['most_s']:10.4f}"
+            f"{phase['read_bytes'] / 1e9:9.2f}{phase['flops'] / 1e9:9.1f}"
+            f"{phase['bound_s']:10.4f}{phase['fraction']:9.0%}"
+            + ("" if None in peer else f"{peer[0]:16.4f}{peer[1]:7.2f}")
+        )
+    lines.append(f"decode: {result['decode_tokens_per_s']:.2f} tokens/s")
+    return "\n".join(lines)

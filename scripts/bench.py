@@ -1,0 +1,214 @@
+"""How fast a model of an official size runs here, against what this machine could do.
+
+Random weights of the size are made once; then every round measures the machine (bytes read and
+arithmetic per second), the picture, the prompt and decoding, and with --against transformers the
+same there, on the same weights. A fraction is the bound over the time, both of one round.
+
+python scripts/bench.py --size 2b --layers 4
+python scripts/bench.py --size 2b --against transformers
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_jax import console
+from qwen3vl_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwen3vl_jax import Qwen3VL
+    from qwen3vl_jax.benchmark.ours import Run
+    from qwen3vl_jax.benchmark.work import Workload
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model, and how it came into memory."""
+
+    model: "Qwen3VL"
+    made_s: float | None  # None if the checkpoint was there already
+    load_s: float | None  # None without --scratch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print a table; the last line is one JSON object."""
+    try:
+        options = _parser().parse_args(argv)
+    except UsageError as error:
+        return console.failed(error, debug=False)
+    except SystemExit as left:  # --help and --version
+        return int(left.code or 0)
+    return console.run(lambda guard: bench(options), debug=options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qwen3vl_jax import __version__
+
+    parser = console.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", default="2b", help="2b, 4b, 8b, 30b, ..., or the path of a config.json")
+    add(
+        "--layers",
+        type=int,
+        help="only so many decoder layers and vision blocks; the report says so",
+    )
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--prompt-tokens", type=_positive, default=512, help="of text; the picture's come on top")
+    add("--image", type=_picture, default=(448, 448), metavar="WxH", help="448x448 or none")
+    add("--new-tokens", type=_positive, default=16, help="decoded in each round")
+    add("--repeats", type=_positive, default=3, help="rounds; the first of all is not counted")
+    add("--against", choices=("transformers",), help="run it too, in turn, on the same weights")
+    add("--scratch", type=Path, help="keep the weights here as a checkpoint, and time loading it")
+    add("--seed", type=int, default=0)
+    add("--debug", action="store_true", help="show a traceback on errors")
+    add("--version", action="version", version=f"%(prog)s (qwen3vl-jax) {__version__}")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def _picture(text: str) -> tuple[int, int]:
+    """Width and height in pixels; 0, 0 for none."""
+    if text == "none":
+        return 0, 0
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text}: a size like 448x448, or none, is wanted")
+    return int(width), int(height)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measures what the options ask for, and prints it."""
+    from qwen3vl_jax.benchmark.machine import multiplier, reader
+    from qwen3vl_jax.benchmark.ours import run
+    from qwen3vl_jax.benchmark.peer import require_torch
+    from qwen3vl_jax.benchmark.rounds import measure, summary, table
+    from qwen3vl_jax.benchmark.work import costs, inputs
+
+    if options.against:
+        require_torch()
+    values, work, layers = _workload(options)
+    loaded = _load(options, values, work)
+    model = loaded.model
+    arrays = inputs(work, seed=options.seed)
+    rounds = measure(
+        lambda: run(model, arrays, work.new_tokens),
+        _peer(values, model, arrays, work) if options.against else None,
+        read=reader(),
+        multiply=multiplier(work.dtype),
+        repeats=options.repeats,
+        say=console.say,
+    )
+    shapes = {path: array.shape for path, array in model.parameters.items()}
+    result = {
+        **_settings(options, work, layers),
+        **summary(rounds, costs(work, shapes)),
+        "weight_bytes": sum(array.nbytes for array in model.parameters.values()),
+        "made_s": loaded.made_s,
+        "load_s": loaded.load_s,
+        "peak_bytes": console.peak_process_bytes(),
+    }
+    print(_headline(result))
+    print(table(result))
+    print(json.dumps(result))
+    return 0
+
+
+def _settings(options: argparse.Namespace, work: "Workload", layers: int) -> dict[str, Any]:
+    from qwen3vl_jax import kernels
+
+    return {
+        "size": options.size,
+        "layers": work.config.text.num_hidden_layers,
+        "layers_of_the_model": layers,
+        "dtype": work.dtype,
+        "prompt_tokens": work.prompt_tokens,
+        "image": [work.image_width, work.image_height],
+        "new_tokens": work.new_tokens,
+        "repeats": options.repeats,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernels": kernels.status().reason,
+    }
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    shown, whole = result["layers"], result["layers_of_the_model"]
+    part = "" if shown == whole else f" SHRUNK to {shown} of {whole} layers,"
+    picture = "x".join(map(str, result["image"])) if any(result["image"]) else "no"
+    ways = ("made", result["made_s"]), ("loaded", result["load_s"])
+    came = ", ".join(f"{way} in {taken:.1f} s" for way, taken in ways if taken is not None)
+    weights = f"{result['dtype']}, {result['weight_bytes'] / 1e9:.2f} GB {came}"
+    return (
+        f"{result['size']}:{part} {weights}; {result['prompt_tokens']} prompt tokens with {picture} picture, "
+        f"medians of {result['repeats']} rounds on {result['cores']} cores"
+    )
+
+
+def _workload(options: argparse.Namespace) -> tuple[dict[str, Any], "Workload", int]:
+    """config.json's values as measured, the work, and how many layers the whole model has."""
+    from qwen3vl_jax.benchmark.checkpoint import shrunk_values
+    from qwen3vl_jax.benchmark.work import Workload, config_file, shrunk
+    from qwen3vl_jax.config import load_config
+
+    file = config_file(options.size, CONFIGS)
+    whole = load_config(file)
+    config = shrunk(whole, options.layers)
+    width, height = options.image
+    step = config.vision.patch_size * config.vision.spatial_merge_size
+    if width % step or height % step:
+        raise UsageError(f"--image {width}x{height}: both must be multiples of {step}")
+    work = Workload(config, options.dtype, options.prompt_tokens, height, width, options.new_tokens)
+    values = shrunk_values(json.loads(file.read_text()), config, options.dtype)
+    return values, work, whole.text.num_hidden_layers
+
+
+def _load(options: argparse.Namespace, values: Mapping[str, Any], work: "Workload") -> Loaded:
+    from qwen3vl_jax import Qwen3VL
+    from qwen3vl_jax.benchmark.checkpoint import write
+
+    config = work.config
+    name = f"{Path(options.size).stem}-{config.text.num_hidden_layers}-{work.dtype}-{options.seed}"
+    folder = None if options.scratch is None else options.scratch / f"bench-{name}"
+    made_s = None
+    if folder is None or not (folder / "config.json").exists():
+        console.say("making random weights")
+        start = time.perf_counter()
+        model = Qwen3VL.random(config, dtype=work.dtype, seed=options.seed)
+        made_s = time.perf_counter() - start
+        if folder is None:
+            return Loaded(model, made_s, None)
+        console.say(f"writing them to {folder}")
+        write(folder, values, model.parameters)
+        del model
+    start = time.perf_counter()
+    model = Qwen3VL.from_pretrained(folder, dtype=work.dtype)
+    return Loaded(model, made_s, time.perf_counter() - start)
+
+
+def _peer(
+    values: Mapping[str, Any], model: "Qwen3VL", arrays: Mapping[str, Any], work: "Workload"
+) -> Callable[[], "Run"]:
+    from qwen3vl_jax.benchmark.peer import Peer
+
+    console.say("building transformers' model around the same weights")
+    tied = work.config.tie_word_embeddings
+    peer = Peer(values, model.parameters, dtype=work.dtype, tied=tied)
+    return lambda: peer.run(arrays, work.new_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Train the small demonstration model that examples/checkpoint ships, or measure it.
+
+python scripts/train.py --demo --out RUN                 train; a run that was killed goes on where it was
+python scripts/train.py --demo --evaluate [--model DIR]  ask a checkpoint unseen questions, count right answers
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen3vl_jax.console import Parser, run, say
+
+if TYPE_CHECKING:
+    import argparse
+
+    from qwen3vl_jax.train import Progress
+
+_EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "checkpoint"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains or evaluates. Returns 0, 2 wrong usage, 4 bad input, 5 I/O, 130 Ctrl-C."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run(lambda _: _work(_parse(given)), debug="--debug" in given)
+
+
+def _parse(argv: Sequence[str]) -> "argparse.Namespace":
+    from qwen3vl_jax import __version__
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", action="store_true", help="the demonstration model (needed)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the run lives (default: demo-run)")
+    parser.add_argument("--evaluate", action="store_true", help="measure a checkpoint, train nothing")
+    parser.add_argument("--model", metavar="DIR", type=Path, help="what to measure (default: examples)")
+    parser.add_argument("--questions", metavar="N", type=int, help="of each kind (default: 100)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    arguments = parser.parse_args(argv)
+    if not arguments.demo:
+        parser.error("only the demonstration can be trained so far: add --demo")
+    if arguments.evaluate and arguments.out is not None:
+        parser.error("--out is for training; --evaluate takes --model DIR")
+    if not arguments.evaluate and (arguments.model, arguments.questions) != (None, None):
+        parser.error("--model and --questions are for --evaluate")
+    if arguments.questions is not None and arguments.questions < 1:
+        parser.error(f"--questions must be at least 1, found {arguments.questions}")
+    return arguments
+
+
+def _work(arguments: "argparse.Namespace") -> int:
+    if arguments.evaluate:
+        from qwen3vl_jax.demo.evaluation import evaluate, table
+
+        model = arguments.model or _EXAMPLE
+        print(table(evaluate(model, count=arguments.questions or 100, report=say)))
+        return 0
+    _train(arguments.out or Path("demo-run"))
+    return 0
+
+
+def _train(directory: Path) -> None:
+    from qwen3vl_jax.demo import running
+
+    checkpoint = running.train_demo(directory, _show)
+    print(f"checkpoint: {checkpoint}")
+    curve = directory / "loss.png"
+    try:
+        running.draw_curve(directory / "metrics.jsonl", curve)
+    except ImportError:
+        say("no loss curve: matplotlib is missing; pip install matplotlib, then run this again")
+    else:
+        print(f"loss curve: {curve}")
+
+
+def _show(progress: "Progress") -> None:
+    from qwen3vl_jax.demo import recipe
+
+    steps = recipe.SETTINGS.steps
+    kinds = " ".join(f"{name} {value:.2f}" for name, value in progress.metrics.items() if name != "loss")
+    say(
+        f"step {progress.step:,} of {steps:,}, {progress.seconds / 60:.1f} min, "
+        f"loss {progress.metrics['loss']:.3f} | {kinds}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

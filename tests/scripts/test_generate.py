@@ -1,0 +1,389 @@
+"""The command line: in this process where that is enough, as a child where signals count."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "generate.py"
+MODEL = str(tiny.DATA / "dense")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def script() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate_script"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> str:
+    """The tiny checkpoint, greedy and with no end token: its answers have the length asked for."""
+    folder = tmp_path / "endless"
+    folder.mkdir()
+    for path in (tiny.DATA / "dense").iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text('{"do_sample": false, "eos_token_id": []}')
+    return str(folder)
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def png() -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+# ---- answers ----
+
+
+def test_json_is_one_object_on_the_last_line_with_the_published_keys(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(png())
+    arguments = ["--model", MODEL, "--image", str(picture), "-p", "What is it?", "--greedy"]
+    assert script.main([*arguments, "-n", "5", "--json"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out.splitlines()[-1])
+    assert set(report) >= {
+        *("text", "tokens", "prompt_tokens", "seconds", "decode_tokens_per_s"),
+        *("peak_bytes", "read_bytes"),
+    }
+    assert len(report["tokens"]) == 5
+    assert set(report["seconds"]) == {"load", "vision", "prefill", "decode"}
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+    # Weights alone are more than a megabyte, and this process holds at least them.
+    assert report["read_bytes"] > 1_000_000
+    assert report["peak_bytes"]["process"] > 50_000_000
+    assert "Prompt: " in err
+
+    assert script.main([*arguments, "--max-tokens", "5", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (report["text"] + "\n", "")
+
+
+def test_a_picture_a_file_and_stdin_give_the_same_answer(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same picture twice, once by path and once by stdin; the same prompt by all three ways."""
+    picture, words = tmp_path / "picture.png", tmp_path / "words.txt"
+    picture.write_bytes(png())
+    words.write_text("näme it")
+    common = ["--model", MODEL, "-q", "--temp", "0", "-n", "4", "--system", "be kind"]
+    answers = []
+    for content, more in (
+        (b"", ["--image", str(picture), "--prompt-file", str(words)]),
+        (png(), ["--image", "-", "-p", "näme it"]),
+        ("näme it".encode(), ["--image", str(picture), "--prompt", "-"]),
+    ):
+        stdin(monkeypatch, content)
+        assert script.main([*common, *more]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]
+    assert script.main([*common, "-p", "other", "--image", str(picture)]) == 0
+    assert capsys.readouterr().out != answers[0]
+
+
+def test_max_pixels_shrink_a_picture(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "large.png"
+    PIL.Image.new("RGB", (640, 640)).save(picture)
+    counts = []
+    for limit in ("65536", "16384"):
+        arguments = [
+            "--model",
+            MODEL,
+            "--image",
+            str(picture),
+            "-p",
+            "x",
+            "-n",
+            "1",
+            "--json",
+            "-q",
+        ]
+        assert script.main([*arguments, "--max-pixels", limit]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    # A token is 32 x 32 pixels: 64 of them, and 16.
+    assert counts[0] - counts[1] == 48
+
+
+def test_the_same_seed_says_the_same_and_a_drawn_seed_is_told(
+    script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", MODEL, "-p", "x", "-n", "8", "--json", "-q", "--temperature", "2"]
+    reports = []
+    for more in ([], ["--seed", "5"], ["--seed", "5", "--top-k", "1"]):
+        assert script.main([*common, *more]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert script.main([*common, "--seed", str(reports[0]["seed"])]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == reports[0]["tokens"]
+    assert reports[1]["seed"] == 5
+    assert reports[1]["tokens"] != reports[2]["tokens"]
+
+
+def test_a_conversation_goes_on_until_quit(
+    script: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    endless: str,
+) -> None:
+    picture = tmp_path / "a picture.png"
+    picture.write_bytes(png())
+    lines = [
+        "/stats",
+        f"/image {picture}",
+        "what is it?",
+        "",
+        "and now?",
+        "/stats",
+        "/image nowhere.png",
+        "lost?",
+        "/dance",
+        "/clear",
+        "/quit",
+        "never read",
+    ]
+    stdin(monkeypatch, "\n".join(lines).encode())
+    arguments = ["--model", endless, "--interactive", "-n", "3", "-q", "-p", "hello"]
+    assert script.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) >= 3
+    assert "hello" not in out
+    complaints = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1
+    assert "nowhere.png" in complaints[0]
+    assert "/dance cannot be done; there are /image PATH, /clear, /stats, /quit" in err
+    assert err.count("Generation: 3 tokens") == 2
+    # Three questions are told apart by what the cache holds; see test_chat for what is in it.
+    cached = [int(line.split()[-5]) for line in err.splitlines() if line.endswith("in the cache")]
+    assert cached[0] < cached[1]
+
+
+# ---- what goes wrong ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "nothing is asked"),
+        (["-p", "x", "--prompt-file", "y"], "not allowed with"),
+        (["-p", "-", "--image", "-"], "stdin can be read once"),
+        (["-p", "x", "--video", "-"], "a video cannot come from stdin"),
+        (["-p", "x", "--fps", "2"], "are for videos"),
+        (["-p", "x", "--max-pixels", "100"], "are for pictures"),
+        (["-p", "x", "--max-pixels", "-1", "--image", "y"], "not a number over 0"),
+        (["-p", "x", "--greedy", "--temperature", "1"], "not allowed with"),
+        (["-p", "x", "--greedy", "--top-p", "0.5"], "greedy draws nothing"),
+        (["-p", "x", "--temp", "0", "--top-k", "5"], "greedy draws nothing"),
+        (["-p", "x", "--dtype", "int8"], "invalid choice"),
+        (["-p", "x", "-n", "0"], "max_new_tokens must be"),
+        (["-p", "x", "--temperature", "nan"], "temperature must be"),
+        (["-p", "x", "--top-p", "1.5"], "top_p must be"),
+        (["-p", "x", "--seed", "-1"], "seed must be"),
+        (["-p", "x", "--stop", ""], "stop_strings must be"),
+        (["-p", "x", "-n", "5000"], "lower max_new_tokens to 4,"),
+        (["--interactive", "--json"], "drop --interactive"),
+        (["--interactive", "-p", "-"], "reads from stdin"),
+        (["-p", "x", "--device-memory", "4GB"], "unrecognized arguments"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_code_2_and_two_lines(
+    script: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert script.main(["--model", MODEL, "-q", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 2
+
+
+def test_bad_input_is_code_4_and_names_it(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(png()[:200])
+    (tmp_path / "latin1.txt").write_bytes("ä".encode("latin-1"))
+    stdin(monkeypatch, b"")
+    for arguments, says in (
+        (["--model", str(tmp_path / "nowhere"), "-p", "x"], "nowhere"),
+        (["--model", MODEL, "-p", "x", "--image", str(broken)], "broken.png"),
+        (["--model", MODEL, "-p", "x", "--image", str(tmp_path / "no.png")], "no.png"),
+        (["--model", MODEL, "-p", "x", "--image", "-"], "bytes"),
+        (["--model", MODEL, "--prompt-file", str(tmp_path / "latin1.txt")], "not UTF-8"),
+        (["--model", MODEL, "--prompt-file", str(tmp_path)], "no such file"),
+    ):
+        assert script.main([*arguments, "-q"]) == 4, arguments
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 2)
+        assert err.startswith("error: ")
+        assert says in err
+
+
+def test_a_failing_disk_is_code_5_and_a_mistake_of_ours_is_1(
+    script: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3vl_jax import Qwen3VL
+
+    for error, code in (
+        (OSError(5, "Input/output error"), 5),
+        (MemoryError(), 3),
+        (RuntimeError("RESOURCE_EXHAUSTED: 1 TB"), 3),
+        (RuntimeError("a\nmistake"), 1),
+        (KeyboardInterrupt(), 130),
+    ):
+
+        def fails(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Qwen3VL, "from_pretrained", fails)
+        assert script.main(["--model", MODEL, "-p", "x", "-q"]) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+    monkeypatch.undo()
+
+
+def test_debug_adds_the_traceback(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", MODEL, "-p", "x", "--image", "no.png", "-q"]
+    assert script.main([*arguments, "--debug"]) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---- as a program ----
+
+
+def test_help_and_version_answer_within_half_a_second_from_anywhere(tmp_path: Path) -> None:
+    for flag, says in (("--help", "--max-new-tokens"), ("--version", "qwen3vl-jax")):
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, SCRIPT, flag],
+                cwd=tmp_path,
+                env=ENVIRONMENT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            seconds.append(time.monotonic() - started)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert says in done.stdout
+        assert min(seconds) < 0.5
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as left:
+    assert left.code == 0, left.code
+found = {name.partition(".")[0] for name in sys.modules} & {"torch", "torchvision", "matplotlib"}
+assert not found, found
+"""
+
+
+def test_an_answer_imports_no_torch_and_survives_a_terminal_without_unicode() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, SCRIPT, "--model", MODEL, "-p", "x", "-n", "40"],
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert len(done.stdout) > 10
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, SCRIPT, *arguments]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def interrupted(child: subprocess.Popen[bytes]) -> float:
+    """Seconds from Ctrl-C to the end of the process."""
+    sent = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    child.wait(timeout=30)
+    return time.monotonic() - sent
+
+
+def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> None:
+    with started("--model", endless, "-p", "x", "-n", "4000") as child:
+        assert child.stdout is not None
+        assert child.stdout.read(5)
+        assert interrupted(child) < 1.0
+        assert child.returncode == 130
+        assert b"Traceback" not in child.communicate()[1]
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.8])
+def test_ctrl_c_ends_with_130_within_a_second_while_loading_or_compiling(
+    endless: str, delay_s: float
+) -> None:
+    with started("--model", endless, "-p", "x", "-n", "4000") as child:
+        assert child.stderr is not None
+        assert child.stderr.readline().startswith(b"loading ")
+        time.sleep(delay_s)
+        assert interrupted(child) < 1.0
+        assert child.returncode == 130
+        assert b"Traceback" not in child.stderr.read()
+
+
+def test_ctrl_c_in_a_conversation_stops_the_answer_only(endless: str) -> None:
+    with started("--model", endless, "--interactive", "-n", "4000", "-p", "x") as child:
+        assert child.stdout is not None
+        assert child.stdout.read(5)
+        child.send_signal(signal.SIGINT)
+        err = child.communicate(b"/stats\n/quit\n", timeout=60)[1]
+        assert child.returncode == 0, err
+        assert b"Generation: " in err
+        assert b"Generation: 4000 tokens" not in err
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(endless: str) -> None:
+    with started("--model", endless, "-p", "x", "-n", "4000", "-q") as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.read(5)
+        child.stdout.close()
+        assert child.wait(timeout=60) == 0
+        assert child.stderr.read() == b""
