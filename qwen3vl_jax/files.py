@@ -40,10 +40,11 @@ def storage_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{what}: {error.strerror or error}; {_advice(error.errno)}") from error
+        raise StorageError(f"{what}: {error.strerror or error}; {advice(error.errno)}") from error
 
 
-def _advice(number: int | None) -> str:
+def advice(number: int | None) -> str:
+    """What to do about an errno."""
     match number:
         case errno.ENOSPC | errno.EDQUOT:
             return "free some space and run the same command again"

@@ -21,6 +21,7 @@ from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import KVCache, LayerCache, new_cache
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.generation_settings import GenerationSettings, load_settings
 from qwen3vl_jax.inputs import SMALLEST_TOKENS, cut, feature_count, picture_pieces, prepare
 from qwen3vl_jax.network import (
     Chunk,
@@ -42,9 +43,12 @@ PREFILL_CHUNK = 512  # tokens: fewer read the weights too often, more need more 
 class Qwen3VL:
     """A Qwen3-VL, dense or sparse, with all its weights on the default device."""
 
-    def __init__(self, config: Config, network: Qwen3VLNetwork) -> None:
+    def __init__(
+        self, config: Config, network: Qwen3VLNetwork, settings: GenerationSettings
+    ) -> None:
         self.config = config
         self.network = network
+        self.settings = settings
         self._steps = _flat_steps(network)
 
     @classmethod
@@ -73,7 +77,7 @@ class Qwen3VL:
                 read = jax.device_put(checkpoint.read(entry))
                 arrays[entry.path] = read if read.dtype == chosen else read.astype(chosen)
         empty = abstract_network(config, dtype=chosen, vocab_blocks=vocab_blocks)
-        return cls(config, network_from_arrays(empty, arrays))
+        return cls(config, network_from_arrays(empty, arrays), load_settings(path))
 
     @classmethod
     def random(
@@ -87,7 +91,7 @@ class Qwen3VL:
             path: jnp.asarray(_draw(generator, path, array.shape), chosen)
             for path, array in named_arrays(empty).items()
         }
-        return cls(config, network_from_arrays(empty, arrays))
+        return cls(config, network_from_arrays(empty, arrays), GenerationSettings())
 
     @property
     def parameters(self) -> dict[str, Array]:
@@ -182,16 +186,28 @@ class Qwen3VL:
         x, cache = self._extend(chunk, 0, 1, None, cache)
         return self._scores(x), dataclasses.replace(cache, next_position=cache.next_position + 1)
 
-    def generate(self, *, streamer: Any = None, **arguments: Any) -> Int[np.ndarray, "B tokens"]:
-        """Continues the prompt of `inputs`; see `generation.generate` for the settings.
+    def generate(
+        self, *, streamer: Any = None, tokenizer: Any = None, **arguments: Any
+    ) -> Int[np.ndarray, "B tokens"]:
+        """Continues the prompt of the inputs, as transformers' `generate` does.
+
+        Args:
+            streamer: gets the prompt, then every token; transformers' streamers fit.
+            tokenizer: needed for `stop_strings` only.
+            arguments: the inputs, and settings of `GenerationSettings` such as `max_new_tokens`;
+                what is not given comes from the checkpoint's generation_config.json.
 
         Returns:
-            Prompt and new tokens of every row; rows that end early are filled with the padding
-            token.
-        """
-        from qwen3vl_jax.generation import generate
+            Prompt and new tokens of every row; rows that end early are filled with padding.
 
-        return generate(self, streamer=streamer, **arguments)
+        Raises:
+            UsageError: a setting that does not exist or is out of range, or unfitting inputs.
+        """
+        from qwen3vl_jax.generation import generate, split_arguments
+
+        inputs, given = split_arguments(arguments)
+        settings = self.settings.override(**given)
+        return generate(self, inputs, settings, streamer=streamer, tokenizer=tokenizer)
 
     def _extend(
         self, chunk: Chunk, first: int, end: int, features: Features | None, cache: KVCache
@@ -213,16 +229,14 @@ class Qwen3VL:
 
 def _flat_steps(network: Qwen3VLNetwork) -> list[LayerStep]:
     """The layers as steps over flat lists of arrays: a module takes 0.5 ms a call to flatten."""
-    programs: dict[Any, Any] = {}
     steps: list[LayerStep] = []
     for layer in network.language_model.layers:
         leaves, tree = jax.tree.flatten(layer)
-        if tree not in programs:
-            programs[tree] = _flat_program(tree)
-        steps.append(functools.partial(programs[tree], leaves))
+        steps.append(functools.partial(_flat_program(tree), leaves))
     return steps
 
 
+@functools.cache
 def _flat_program(tree: Any) -> Any:
     def flat_layer(leaves: list[Array], *arguments: Any) -> tuple[Array, LayerCache]:
         return text.cached_layer(jax.tree.unflatten(tree, leaves), *arguments)

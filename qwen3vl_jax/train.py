@@ -1,6 +1,6 @@
-"""Training: a loss, a jitted step with optax, Orbax checkpoints, and a loop that survives being killed.
+"""Training: a loss, a jitted step with optax, Orbax checkpoints, a loop that survives a kill.
 
-The loop knows no model: it gets a loss of (parameters, batch) and a function from step number to batch.
+The loop knows no model: it gets a loss of (parameters, batch) and the batch of every step.
 As batches depend only on their number, a killed run that is started again ends with the same bits.
 """
 
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 IGNORED = -100
@@ -28,7 +27,7 @@ Loss = Callable[[Parameters, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """How to optimise: linear warm-up, a constant rate, in the end a linear decay to zero; averaged weights."""
+    """How to optimise: linear warm-up, constant rate, linear decay to zero; averaged weights."""
 
     steps: int
     peak_learning_rate: float
@@ -45,7 +44,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """One line of the metrics log: means since the last line. `seconds` counts training time only."""
+    """One line of the metrics log: means since the last one. `seconds` is training time."""
 
     step: int
     seconds: float
@@ -59,7 +58,7 @@ State = dict[str, Any]  # step, parameters, average, optimizer
 def cross_entropy(
     logits: Float[Array, "batch tokens vocab"], labels: Int[Array, "batch tokens"]
 ) -> Float[Array, ""]:
-    """Mean negative log-likelihood of the labelled tokens, in float32; position t predicts token t + 1.
+    """Mean negative log-likelihood of labelled tokens, in float32; position t predicts token t + 1.
 
     Labels equal to IGNORED do not count; without any label the loss is 0.
 
@@ -68,7 +67,9 @@ def cross_entropy(
     wanted = labels[:, 1:]
     counted = wanted != IGNORED
     log_odds = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    chosen = jnp.take_along_axis(log_odds, jnp.where(counted, wanted, 0)[:, :, None], axis=-1)[:, :, 0]
+    chosen = jnp.take_along_axis(log_odds, jnp.where(counted, wanted, 0)[:, :, None], axis=-1)[
+        :, :, 0
+    ]
     total = jnp.where(counted, -chosen, jnp.float32(0)).sum()
     return total / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
@@ -81,24 +82,6 @@ def token_accuracy(
     counted = wanted != IGNORED
     right = (jnp.argmax(logits[:, :-1], axis=-1) == wanted) & counted
     return right.sum().astype(jnp.float32) / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
-
-
-def split_parameters(network: nnx.Module) -> tuple[Parameters, Callable[[Parameters], Any]]:
-    """A network's weights by their dotted paths, and the function that puts weights back into its form."""
-    graph, state = nnx.split(network)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-    names = [_dotted(path) for path, _ in leaves]
-    parameters = dict(zip(names, (leaf for _, leaf in leaves), strict=True))
-
-    def join(given: Parameters) -> Any:
-        return nnx.merge(graph, jax.tree_util.tree_unflatten(treedef, [given[name] for name in names]))
-
-    return parameters, join
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    parts = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
-    return ".".join(str(part) for part in parts if part is not None and part != "value")
 
 
 def learning_rate(settings: Settings) -> Callable[[Any], Any]:
@@ -129,7 +112,7 @@ def adamw(settings: Settings) -> optax.GradientTransformation:
 
 
 def new_state(parameters: Parameters, rule: optax.GradientTransformation) -> State:
-    """The state before the first step; `parameters` are copied, since the step donates its state."""
+    """The state before the first step, with copies of `parameters`: the step donates its state."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "parameters": jax.tree.map(jnp.copy, parameters),
@@ -142,15 +125,20 @@ def make_step(
     loss: Loss, rule: optax.GradientTransformation, *, average_decay: float
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted training step; the state is donated. Metrics are the loss's own, and `loss`."""
+
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         gradient_of = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), gradients = gradient_of(state["parameters"], batch)
-        updates, momenta = rule.update(gradients, state["optimizer"], state["parameters"])
+        # optax multiplies its whole-number step count by floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, momenta = rule.update(gradients, state["optimizer"], state["parameters"])
         parameters = optax.apply_updates(state["parameters"], updates)
         # Early weights are forgotten faster than the decay says: (1 + step) / (10 + step).
         count = state["step"].astype(jnp.float32)
         decay = jnp.minimum(jnp.float32(average_decay), (1 + count) / (10 + count))
-        average = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state["average"], parameters)
+        average = jax.tree.map(
+            lambda old, new: old + (1 - decay) * (new - old), state["average"], parameters
+        )
         following = {
             "step": state["step"] + 1,
             "parameters": parameters,
@@ -174,7 +162,7 @@ def train(
 ) -> Parameters:
     """Trains until `settings.steps`, from the newest checkpoint in `directory` if there is one.
 
-    Checkpoints go to `directory/checkpoints` (the last two are kept), metrics to `directory/metrics.jsonl`.
+    The last two checkpoints are in `directory/checkpoints`, metrics in `directory/metrics.jsonl`.
 
     Args:
         rule: the optimiser; `adamw(settings)` by default.
@@ -191,7 +179,9 @@ def train(
         state = new_state(parameters, rule)
         newest = manager.latest_step()
         if newest is not None:
-            state = manager.restore(newest, args=ocp.args.StandardRestore(jax.tree.map(_shape_of, state)))
+            state = manager.restore(
+                newest, args=ocp.args.StandardRestore(jax.tree.map(_shape_of, state))
+            )
         first = 0 if newest is None else newest
         log = _Log(directory / "metrics.jsonl", first, settings)
         step = make_step(loss, rule, average_decay=settings.average_decay)
@@ -261,7 +251,9 @@ class _Log:
         self._sums = {}
         seconds = self._seconds + time.monotonic() - self._started
         rate = float(learning_rate(self._settings)(step))
-        self._lines.append(json.dumps({"step": step, "seconds": round(seconds, 1), "rate": rate, **means}))
+        self._lines.append(
+            json.dumps({"step": step, "seconds": round(seconds, 1), "rate": rate, **means})
+        )
         return Progress(step, seconds, rate, means)
 
     def write(self) -> None:
@@ -271,6 +263,6 @@ class _Log:
 
 
 def _mean(values: list[Any]) -> float:
-    """Mean of the numbers among `values`: a metric that a batch does not have is not a number there."""
+    """Mean of the numbers among `values`: a metric that a batch does not have is a NaN there."""
     known = [float(value) for value in values if not math.isnan(float(value))]
     return float(np.mean(known)) if known else math.nan

@@ -81,7 +81,8 @@ class WorkDirectory:
 
     def _sweep(self) -> None:
         """Remove what a kill just after publishing left: a journal without content."""
-        if self.directory.is_dir() and [p.name for p in self.directory.iterdir()] == [JOURNAL_NAME]:
+        names = {path.name for path in self.directory.glob("*")}
+        if self.directory.is_dir() and names <= {JOURNAL_NAME}:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _lock(self) -> int:

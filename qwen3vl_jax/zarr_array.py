@@ -8,6 +8,7 @@ every read. Rows that lie in other chunks are not touched.
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections import deque
@@ -22,6 +23,7 @@ import tensorstore
 from qwen3vl_jax.errors import Qwen3VLError, StorageError, WeightError
 from qwen3vl_jax.files import (
     DTYPES,
+    advice,
     aligned_empty,
     bytes_of,
     read_small,
@@ -41,6 +43,8 @@ from qwen3vl_jax.manifest import (
 
 CHUNKS_IN_FLIGHT = 8
 FSYNCS_IN_FLIGHT = 16
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 
 
 def read_rows(directory: Path, name: str, array: StoredArray, first: int, stop: int) -> np.ndarray:
@@ -184,9 +188,13 @@ def _finish_all(
 
 
 def _explained(error: Exception, what: str, *, reading: bool) -> Qwen3VLError:
-    text = " ".join(str(error).split())[:300]
-    kind = text.partition(":")[0]
-    if reading and kind in ("DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT"):
-        return WeightError(f"{what} is damaged: {text}; convert the model again")
+    """Our error for one of tensorstore's, which are texts."""
+    text = " ".join(str(error).split())
+    number = _OS_ERROR.search(text)
     verb = "read" if reading else "written"
-    return StorageError(f"{what} cannot be {verb}: {text}; check the disk and its free space")
+    if number is not None:
+        code = int(number[1])
+        return StorageError(f"{what} cannot be {verb}: {os.strerror(code)}; {advice(code)}")
+    if reading and text.startswith(_DAMAGED):
+        return WeightError(f"{what} is damaged: {text[:400]}; convert the model again")
+    return StorageError(f"{what} cannot be {verb}: {text[:400]}; {advice(None)}")

@@ -140,7 +140,7 @@ def _settings(options: argparse.Namespace, work: "Workload", layers: int) -> dic
         "image": [work.image_width, work.image_height],
         "new_tokens": work.new_tokens,
         "repeats": options.repeats,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "kernels": kernels.status().reason,
     }
 
@@ -152,10 +152,9 @@ def _headline(result: Mapping[str, Any]) -> str:
     ways = ("made", result["made_s"]), ("loaded", result["load_s"])
     came = ", ".join(f"{way} in {taken:.1f} s" for way, taken in ways if taken is not None)
     weights = f"{result['dtype']}, {result['weight_bytes'] / 1e9:.2f} GB {came}"
-    return (
-        f"{result['size']}:{part} {weights}; {result['prompt_tokens']} prompt tokens with {picture} picture, "
-        f"medians of {result['repeats']} rounds on {result['cores']} cores"
-    )
+    prompt = f"{result['prompt_tokens']} prompt tokens with {picture} picture"
+    rounds = f"medians of {result['repeats']} rounds on {result['cores']} cores"
+    return f"{result['size']}:{part} {weights}; {prompt}; {rounds}"
 
 
 def _workload(options: argparse.Namespace) -> tuple[dict[str, Any], "Workload", int]:

@@ -377,4 +377,4 @@ def _typed_lines(guard: Guard) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.leave(main())

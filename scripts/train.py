@@ -1,7 +1,7 @@
 """Train the small demonstration model that examples/checkpoint ships, or measure it.
 
-python scripts/train.py --demo --out RUN                 train; a run that was killed goes on where it was
-python scripts/train.py --demo --evaluate [--model DIR]  ask a checkpoint unseen questions, count right answers
+python scripts/train.py --demo --out RUN                 train; a run that was killed goes on
+python scripts/train.py --demo --evaluate [--model DIR]  count right answers to unseen questions
 """
 
 import sys
@@ -30,9 +30,15 @@ def _parse(argv: Sequence[str]) -> "argparse.Namespace":
 
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", action="store_true", help="the demonstration model (needed)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where the run lives (default: demo-run)")
-    parser.add_argument("--evaluate", action="store_true", help="measure a checkpoint, train nothing")
-    parser.add_argument("--model", metavar="DIR", type=Path, help="what to measure (default: examples)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="where the run lives (default: demo-run)"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="measure a checkpoint, train nothing"
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", type=Path, help="what to measure (default: examples)"
+    )
     parser.add_argument("--questions", metavar="N", type=int, help="of each kind (default: 100)")
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -77,7 +83,9 @@ def _show(progress: "Progress") -> None:
     from qwen3vl_jax.demo import recipe
 
     steps = recipe.SETTINGS.steps
-    kinds = " ".join(f"{name} {value:.2f}" for name, value in progress.metrics.items() if name != "loss")
+    kinds = " ".join(
+        f"{name} {value:.2f}" for name, value in progress.metrics.items() if name != "loss"
+    )
     say(
         f"step {progress.step:,} of {steps:,}, {progress.seconds / 60:.1f} min, "
         f"loss {progress.metrics['loss']:.3f} | {kinds}"

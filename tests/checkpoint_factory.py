@@ -202,7 +202,7 @@ def _layer(text: dict[str, Any], sparse: bool) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj.weight": (inner, hidden),
             "mlp.down_proj.weight": (hidden, inner),
         }
-    experts = text.get("num_experts", text.get("num_local_experts"))
+    experts = text["num_experts" if "num_experts" in text else "num_local_experts"]
     width = text["moe_intermediate_size"]
     return shapes | {
         "mlp.gate.weight": (experts, hidden),

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -86,10 +85,14 @@ class ChatTokens:
 def conversation(
     rng: np.random.Generator, scenes: tuple[Scene, ...], mixture: Mixture, turns: int
 ) -> list[Question]:
-    """Up to `turns` different questions about the scenes; printed text is asked for once per picture."""
+    """Up to `turns` different questions; printed text is asked for once per picture."""
     kinds = list(mixture.weights)
     shares = np.array([mixture.weights[kind] for kind in kinds])
-    last = questions.ask(rng, scenes, "describe") if rng.random() < mixture.describe_probability else None
+    last = (
+        questions.ask(rng, scenes, "describe")
+        if rng.random() < mixture.describe_probability
+        else None
+    )
     turns -= last is not None
     asked: list[Question] = []
     seen: set[tuple[str, int, str]] = set()
@@ -98,7 +101,11 @@ def conversation(
         if question is None:
             continue
         printed = question.kind in _CAPTION_KINDS
-        key = ("printed" if printed else question.kind, question.picture, "" if printed else question.text)
+        key = (
+            "printed" if printed else question.kind,
+            question.picture,
+            "" if printed else question.text,
+        )
         if key not in seen:
             seen.add(key)
             asked.append(question)
@@ -156,7 +163,12 @@ def make_naming_batch(
         scene = sample_scene(rng, mixture.limits)
         pictures.append(render(scene))
         for cell, (content, texts) in enumerate(_cell_words(scene)):
-            ids = [ids[0] for text in texts for ids in map(chat.encode, (text, f" {text}")) if len(ids) == 1]
+            ids = [
+                ids[0]
+                for text in texts
+                for ids in map(chat.encode, (text, f" {text}"))
+                if len(ids) == 1
+            ]
             words[row, cell, : len(ids)] = ids
             contents[row, cell] = CELL_CONTENTS.index(content)
     return {"pixel_values": patches(np.stack(pictures)), "words": words, "cells": contents}
@@ -202,8 +214,10 @@ def _fill(
     return used
 
 
-def patches(pictures: UInt8[np.ndarray, "pictures side side 3"]) -> Float32[np.ndarray, "patches values"]:
-    """Normalised patches in the order of the processor: 2 by 2 merge blocks, each value twice in time."""
+def patches(
+    pictures: UInt8[np.ndarray, "pictures side side 3"],
+) -> Float32[np.ndarray, "patches values"]:
+    """Normalised patches in the processor's order: 2 by 2 merge blocks, each value given twice."""
     count = len(pictures)
     blocks = GRID // MERGE
     scaled = (pictures.astype(np.float32) / 255 - 0.5) / 0.5

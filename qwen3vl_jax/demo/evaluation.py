@@ -53,7 +53,9 @@ def trials(
 ) -> list[Trial]:
     """Single questions of one kind, each about freshly drawn scenes of the test stream."""
     flags = (held_out_wording, held_out_numbers)
-    rng = np.random.default_rng((20260922, TEST_STREAM, KINDS.index(kind), pictures, *map(int, flags)))
+    rng = np.random.default_rng(
+        (20260922, TEST_STREAM, KINDS.index(kind), pictures, *map(int, flags))
+    )
     found: list[Trial] = []
     while len(found) < count:
         scenes = tuple(
@@ -65,7 +67,9 @@ def trials(
     return found
 
 
-def answers(model: Any, processor: Any, given: Sequence[Trial], *, side_px: int = SIDE_PX) -> list[str]:
+def answers(
+    model: Any, processor: Any, given: Sequence[Trial], *, side_px: int = SIDE_PX
+) -> list[str]:
     """The model's answers, in order, by greedy decoding. Trials have equally many pictures."""
     replies: list[str] = []
     settings = GenerationSettings(
@@ -91,8 +95,10 @@ def _messages(trial: Trial, side_px: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": trial.question.text}]}]
 
 
-def evaluate(directory: Path, *, count: int, report: Callable[[str], None]) -> dict[str, dict[str, Score]]:
-    """Scores of the checkpoint in `directory`: group ("one picture, seen wordings", ...) -> kind -> score.
+def evaluate(
+    directory: Path, *, count: int, report: Callable[[str], None]
+) -> dict[str, dict[str, Score]]:
+    """Scores of a checkpoint: group ("one picture, seen wordings", ...) -> kind -> score.
 
     Args:
         count: questions of each kind in each group.

@@ -59,7 +59,8 @@ def write_weights(directory: Path, parameters: Mapping[str, Any]) -> int:
 
     entries = table(load_config(directory))
     tensors = {
-        entry.hf_name: np.asarray(parameters[entry.path]).astype(ml_dtypes.bfloat16) for entry in entries
+        entry.hf_name: np.asarray(parameters[entry.path]).astype(ml_dtypes.bfloat16)
+        for entry in entries
     }
     path = directory / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})

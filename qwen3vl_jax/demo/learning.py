@@ -30,17 +30,22 @@ from qwen3vl_jax.text import head
 from qwen3vl_jax.train import Loss, Parameters, cross_entropy
 from qwen3vl_jax.vision import encode_frames
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["batch", "labels", "kinds"], meta_fields=[])
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["batch", "labels", "kinds"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turns:
-    """Questions and answers: what the network reads, the answers' tokens, the kinds of the questions."""
+    """Questions and answers: what the network reads, tokens of the answers, kinds of question."""
 
     batch: Batch
     labels: AnyArray
     kinds: AnyArray
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["piece", "words", "cells"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["piece", "words", "cells"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Naming:
     """Pictures alone, and the words for each of their cells."""
@@ -53,7 +58,7 @@ class Naming:
 def prepare(arrays: dict[str, np.ndarray], config: Config) -> Turns:
     """The network's view of a batch from `make_batch`.
 
-    The same numbers as `inputs.prepare` gives, but frames are not padded to a bucket: 36 patches, not 64.
+    The same numbers as `inputs.prepare` gives, but frames are not padded from 36 patches to 64.
     """
     read = {name: arrays[name] for name in INPUT_NAMES if name in arrays}
     batch, _ = inputs.prepare(config, read, pictures=False)
@@ -91,7 +96,9 @@ def batches(chat: ChatTokens, config: Config, number: int) -> Turns | Naming:
 def make_loss(network: Qwen3VLNetwork, config: Config, end_token: int) -> Loss:
     """The loss of either kind of batch, with a metric for each kind of question or cell."""
 
-    def loss(parameters: Parameters, batch: Turns | Naming) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        parameters: Parameters, batch: Turns | Naming
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         filled = network_from_arrays(network, parameters)
         if isinstance(batch, Naming):
             return naming_loss(filled, batch, config)
@@ -103,13 +110,14 @@ def make_loss(network: Qwen3VLNetwork, config: Config, end_token: int) -> Loss:
 def answer_loss(
     network: Qwen3VLNetwork, turns: Turns, config: Config, end_token: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of the answers; metrics: share of right tokens per kind of question, end tokens apart."""
+    """Cross entropy of the answers; metrics: share of right tokens per kind, end tokens apart."""
     logits = forward(network, turns.batch, config)
     wanted = turns.labels[:, 1:]
     counted = (wanted != IGNORED) & (wanted != end_token)
     right = ((jnp.argmax(logits[:, :-1], axis=-1) == wanted) & counted).astype(jnp.float32)
     metrics = {
-        name: _mean_where(right, counted & (turns.kinds[:, 1:] == index)) for index, name in enumerate(KINDS)
+        name: _mean_where(right, counted & (turns.kinds[:, 1:] == index))
+        for index, name in enumerate(KINDS)
     }
     return cross_entropy(logits, turns.labels), metrics
 
@@ -117,7 +125,7 @@ def answer_loss(
 def naming_loss(
     network: Qwen3VLNetwork, naming: Naming, config: Config
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of each vision token, read as a word, to the words for its cell in equal shares.
+    """Cross entropy of each vision token, read as a word, to its cell's words in equal shares.
 
     Metrics: the probability of all words of a cell together, for each content of cells.
     """
@@ -134,10 +142,13 @@ def naming_loss(
     log_odds = jax.nn.log_softmax(head(network.language_model.norm, network.head, tokens), axis=-1)
     known = naming.words != IGNORED
     chosen = jnp.take_along_axis(log_odds, jnp.where(known, naming.words, 0), axis=-1)
-    surprise = jnp.where(known, -chosen, jnp.float32(0)).sum(axis=-1) / known.sum(axis=-1).astype(jnp.float32)
+    surprise = jnp.where(known, -chosen, jnp.float32(0)).sum(axis=-1) / known.sum(axis=-1).astype(
+        jnp.float32
+    )
     together = jnp.where(known, jnp.exp(chosen), jnp.float32(0)).sum(axis=-1)
     metrics = {
-        f"cell: {name}": _mean_where(together, naming.cells == index) for index, name in enumerate(CELL_CONTENTS)
+        f"cell: {name}": _mean_where(together, naming.cells == index)
+        for index, name in enumerate(CELL_CONTENTS)
     }
     return surprise.mean(), metrics
 

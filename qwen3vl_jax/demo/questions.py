@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A worded question, its answer, its kind and the index of the picture it is about (-1: all)."""
+    """A worded question, its answer, its kind and the picture it is about (-1: all)."""
 
     kind: str
     text: str
@@ -39,7 +39,11 @@ class Fact:
 
 
 def ask(
-    rng: np.random.Generator, scenes: tuple[Scene, ...], kind: str, *, held_out_wording: bool = False
+    rng: np.random.Generator,
+    scenes: tuple[Scene, ...],
+    kind: str,
+    *,
+    held_out_wording: bool = False,
 ) -> Question | None:
     """One question of a kind about one of the scenes, or None where the scenes allow none."""
     if kind == "which":
@@ -50,10 +54,14 @@ def ask(
         fact = _FACTS[kind](rng, scenes[picture])
     if fact is None:
         return None
-    return Question(kind, _worded(rng, fact, picture, len(scenes), held_out_wording), fact.answer, picture)
+    return Question(
+        kind, _worded(rng, fact, picture, len(scenes), held_out_wording), fact.answer, picture
+    )
 
 
-def _worded(rng: np.random.Generator, fact: Fact, picture: int, pictures: int, held_out: bool) -> str:
+def _worded(
+    rng: np.random.Generator, fact: Fact, picture: int, pictures: int, held_out: bool
+) -> str:
     template = _pick(rng, (wordings.HELD_OUT if held_out else wordings.SEEN)[fact.kind])
     named = wordings.ONE_PICTURE if pictures == 1 else wordings.PICTURES_OF_TWO[max(picture, 0)]
     place = _pick(rng, named)
@@ -109,7 +117,11 @@ def _place(rng: np.random.Generator, cell: int) -> str:
     if cell == 4:
         return _pick(rng, ("in the centre", "in the center", "in the middle"))
     phrase = place_phrase(cell)
-    return phrase.removesuffix(" corner") if phrase.endswith("corner") and rng.random() < 0.4 else phrase
+    return (
+        phrase.removesuffix(" corner")
+        if phrase.endswith("corner") and rng.random() < 0.4
+        else phrase
+    )
 
 
 def _names(rng: np.random.Generator, scene: Scene, item: Item, forms: tuple[str, ...]) -> list[str]:
@@ -139,7 +151,9 @@ def _about_one(
     """A kind that names one item and asks for one of its properties."""
 
     def fact(rng: np.random.Generator, scene: Scene) -> Fact | None:
-        named = [(item, names) for item in scene.items if (names := _names(rng, scene, item, forms))]
+        named = [
+            (item, names) for item in scene.items if (names := _names(rng, scene, item, forms))
+        ]
         if not named:
             return None
         item, names = _pick(rng, named)
@@ -153,7 +167,11 @@ _colour_of_item = _about_one("colour", ("shape", "shape", "place"), lambda item:
 
 def _colour(rng: np.random.Generator, scene: Scene) -> Fact | None:
     if scene.caption is not None and (not scene.items or rng.random() < 0.2):
-        return Fact("colour", {"r": _pick(rng, (f"the {scene.caption.kind}", "the text"))}, scene.caption.colour)
+        return Fact(
+            "colour",
+            {"r": _pick(rng, (f"the {scene.caption.kind}", "the text"))},
+            scene.caption.colour,
+        )
     return _colour_of_item(rng, scene)
 
 
@@ -179,7 +197,9 @@ def _count(rng: np.random.Generator, scene: Scene) -> Fact | None:
     return Fact("count", {"n": words}, str(sum(_fits(item, colour, shape) for item in scene.items)))
 
 
-def _description(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> tuple[str | None, str | None]:
+def _description(
+    rng: np.random.Generator, scenes: tuple[Scene, ...]
+) -> tuple[str | None, str | None]:
     """A colour, a shape or both, likely to be about something in the scenes, but often not."""
     items = [item for scene in scenes for item in scene.items]
     close = bool(items) and rng.random() < 0.75
@@ -194,7 +214,9 @@ def _exists(rng: np.random.Generator, scene: Scene) -> Fact | None:
     for _ in range(20):
         colour, shape = _description(rng, (scene,))
         if any(_fits(item, colour, shape) for item in scene.items) == wanted:
-            return Fact("exists", {"a": article(_thing(rng, colour, shape))}, "yes" if wanted else "no")
+            return Fact(
+                "exists", {"a": article(_thing(rng, colour, shape))}, "yes" if wanted else "no"
+            )
     return None
 
 
@@ -217,7 +239,9 @@ def _object(rng: np.random.Generator, scene: Scene) -> Fact | None:
     return Fact("object", {"w": _place(rng, item.cell)}, f"{item.colour} {item.shape}")
 
 
-def _printed(kind: str, caption_kinds: tuple[str, ...]) -> Callable[[np.random.Generator, Scene], Fact | None]:
+def _printed(
+    kind: str, caption_kinds: tuple[str, ...]
+) -> Callable[[np.random.Generator, Scene], Fact | None]:
     def fact(_: np.random.Generator, scene: Scene) -> Fact | None:
         if scene.caption is None or scene.caption.kind not in caption_kinds:
             return None
@@ -228,7 +252,11 @@ def _printed(kind: str, caption_kinds: tuple[str, ...]) -> Callable[[np.random.G
 
 def description(scene: Scene) -> str:
     """All that a scene shows: what is printed, then the shapes row by row."""
-    parts = [] if scene.caption is None else [f"{scene.caption.colour} {scene.caption.kind} {scene.caption.text}"]
+    parts = (
+        []
+        if scene.caption is None
+        else [f"{scene.caption.colour} {scene.caption.kind} {scene.caption.text}"]
+    )
     parts += [f"{CELLS[item.cell]}: {item.size} {item.colour} {item.shape}" for item in scene.items]
     return ", ".join(parts)
 

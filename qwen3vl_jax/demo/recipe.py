@@ -1,7 +1,6 @@
 """The demo's model, its curriculum and its hyper-parameters."""
 
 import dataclasses
-
 from typing import Any
 
 from qwen3vl_jax.demo import tokenizer
@@ -13,7 +12,7 @@ NAMING = Layout("naming", rows=64, pictures=1, tokens=0, turns=0)
 FULL = Layout("full", rows=32, pictures=1, tokens=68, turns=1)
 ONE = Layout("one", rows=32, pictures=1, tokens=112, turns=4)
 TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
-NAMING_STEPS = 1500
+NAMING_STEPS = 1200
 SETTINGS = Settings(
     steps=5000,
     peak_learning_rate=1.5e-3,
@@ -60,7 +59,11 @@ def config_values(token_ids: dict[str, int]) -> dict[str, Any]:
             "pad_token_id": pad,
             "dtype": "float32",
             "rope_theta": 10000.0,
-            "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
             "tie_word_embeddings": True,
         },
         "vision_config": {
@@ -96,13 +99,13 @@ _ONE = _ABOUT_ITEMS | {"count": 1.6, "exists": 1.2, "word": 1.0, "number": 1.2, 
 _BOTH = _ONE | {"which": 3.0}
 
 
-# First the vision tower alone learns to name what is in each cell. Then descriptions, which say most
-# per token, and at last mostly questions.
+# First the vision tower alone learns to name what is in each cell. Then descriptions, which say
+# most per token, and at last mostly questions.
 CURRICULUM = (
     Stage(NAMING_STEPS, Mixture(SceneRange(1, 6, 0.7), {}, 0.0), (NAMING,)),
     Stage(NAMING_STEPS + 300, Mixture(SceneRange(1, 4, 0.5), _ONE, 1.0), (FULL,)),
-    Stage(NAMING_STEPS + 1000, Mixture(SceneRange(1, 6, 0.6), _ONE, 0.5), (FULL, ONE)),
-    Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE)),
+    Stage(NAMING_STEPS + 1100, Mixture(SceneRange(1, 6, 0.6), _ONE, 0.5), (FULL, ONE, NAMING)),
+    Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),
 )
 
 
@@ -113,12 +116,14 @@ def plan(number: int) -> tuple[Layout, Mixture]:
 
 
 def start(parameters: Parameters) -> Parameters:
-    """The weights to begin with: blocks that add little to what passes them, positions that can be seen.
+    """The weights to begin with: blocks that add little to what passes, positions that show.
 
-    At their usual size the blocks' outputs hide embeddings of size 0.1, and positions of 0.02 drown.
+    At their usual size the blocks' outputs hide embeddings of 0.1, and positions of 0.02 drown.
     """
     quiet = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight")
     factors = {name: 0.1 for name in parameters if name.endswith(quiet)}
-    factors |= {name: 0.1 for name in parameters if "deepstack" in name and name.endswith("fc2.weight")}
+    factors |= {
+        name: 0.1 for name in parameters if "deepstack" in name and name.endswith("fc2.weight")
+    }
     factors["visual.pos_embed.weight"] = 10.0
     return {name: array * factors.get(name, 1.0) for name, array in parameters.items()}

@@ -29,10 +29,16 @@ def render(scene: Scene, *, side_px: int = SIDE_PX) -> UInt8[np.ndarray, "side s
     return _on_paper(np.asarray(reduced), scene)
 
 
-def _on_paper(pixels: UInt8[np.ndarray, "side side 3"], scene: Scene) -> UInt8[np.ndarray, "side side 3"]:
+def _on_paper(
+    pixels: UInt8[np.ndarray, "side side 3"], scene: Scene
+) -> UInt8[np.ndarray, "side side 3"]:
     side_px = pixels.shape[0]
     ramp = np.linspace(-1.0, 1.0, side_px, dtype=np.float32)
-    light = 1.0 + np.float32(scene.shade[0]) * ramp[:, None] + np.float32(scene.shade[1]) * ramp[None, :]
+    light = (
+        1.0
+        + np.float32(scene.shade[0]) * ramp[:, None]
+        + np.float32(scene.shade[1]) * ramp[None, :]
+    )
     shaded = pixels.astype(np.float32) * light[:, :, None]
     if scene.noise > 0:
         rng = np.random.default_rng(scene.grain_seed)
@@ -62,7 +68,7 @@ def _draw_item(draw: ImageDraw.ImageDraw, item: Item, scale: float) -> None:
 
 @functools.cache
 def outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """Corners of a straight-edged shape around the origin, y downwards, within the unit circle or nearly.
+    """Corners of a straight-edged shape of radius one around the origin, y downwards.
 
     Raises:
         ValueError: if the shape has no corners.
@@ -115,5 +121,7 @@ def _text_mask(caption: Caption, height_px: int, limit_px: int) -> Image.Image:
         matrix = (1, slope, -lean, 0, 1, 0)
         mask = mask.transform(mask.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     if mask.width > limit_px:
-        mask = mask.resize((limit_px, round(mask.height * limit_px / mask.width)), Image.Resampling.BILINEAR)
+        mask = mask.resize(
+            (limit_px, round(mask.height * limit_px / mask.width)), Image.Resampling.BILINEAR
+        )
     return mask

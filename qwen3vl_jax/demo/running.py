@@ -23,7 +23,9 @@ def first_weights(checkpoint: Path) -> Parameters:
     return recipe.start(named_arrays(network))
 
 
-def train_demo(directory: Path, report: Callable[[Progress], None], *, settings: Settings = recipe.SETTINGS) -> Path:
+def train_demo(
+    directory: Path, report: Callable[[Progress], None], *, settings: Settings = recipe.SETTINGS
+) -> Path:
     """Trains in `directory`, going on from an earlier run there, and exports.
 
     Returns:
@@ -47,7 +49,7 @@ def train_demo(directory: Path, report: Callable[[Progress], None], *, settings:
 
 
 def export_newest(directory: Path, *, settings: Settings = recipe.SETTINGS) -> int:
-    """Exports the averaged weights of the newest training checkpoint, finished or not; returns its step."""
+    """Exports the newest averaged weights of a run, finished or not; returns their step."""
     checkpoint = directory / CHECKPOINT
     parameters = first_weights(checkpoint)
     step, average = newest_average(directory, parameters, adamw(settings))
@@ -64,10 +66,16 @@ def draw_curve(metrics: Path, picture: Path) -> None:
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line["step"] for line in lines]
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 8), layout="constrained")
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 8), layout="constrained"
+    )
     above.plot(steps, [line["loss"] for line in lines], color="black")
     above.set(yscale="log", ylabel="loss of the answers")
-    for name in [name for name in dict.fromkeys(key for line in lines for key in line) if name not in ("step", "seconds", "rate", "loss")]:
+    for name in [
+        name
+        for name in dict.fromkeys(key for line in lines for key in line)
+        if name not in ("step", "seconds", "rate", "loss")
+    ]:
         below.plot(steps, [line.get(name) for line in lines], label=name, linewidth=1)
     below.set(xlabel="step", ylabel="share right", ylim=(0, 1.02))
     below.legend(ncols=3, fontsize="small")

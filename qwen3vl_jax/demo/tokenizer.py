@@ -1,11 +1,10 @@
 """A small byte-level BPE for the demo, with Qwen's pre-tokenizer and its 26 added tokens.
 
-Source of the splitting pattern, the added tokens and chat_template.jinja: the tokenizer files of
+Source of the splitting pattern, the added tokens and chat_template.json: the tokenizer files of
 Qwen3-VL (Apache-2.0).
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +18,30 @@ SPECIAL = (
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 ADDED = (
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+    "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+_TEMPLATE = Path(__file__).with_name("chat_template.json")
 
 
 def corpus() -> list[str]:
-    """The text that the merges are learnt from: questions in seen wordings, answers, the chat's own words."""
+    """What the merges are learnt from: seen wordings, answers, the chat's own words."""
     rng = np.random.default_rng(20260101)
     limits = scenes.SceneRange(1, 6, 0.6)
-    lines = ["user\n", "assistant\n", "system\n", *scenes.WORDS, *scenes.COLOURS, *scenes.CELLS, *scenes.SHAPES] * 40
+    lines = [
+        "user\n",
+        "assistant\n",
+        "system\n",
+        *scenes.WORDS,
+        *scenes.COLOURS,
+        *scenes.CELLS,
+        *scenes.SHAPES,
+    ] * 40
     for _ in range(3000):
         pair = (scenes.sample_scene(rng, limits), scenes.sample_scene(rng, limits))
         for kind in questions.KINDS:
@@ -44,8 +52,16 @@ def corpus() -> list[str]:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Learns the merges and writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    """Learns the merges; writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
     from tokenizers.models import BPE
 
     tokenizer = Tokenizer(BPE())
@@ -63,12 +79,17 @@ def write_tokenizer(directory: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = _settings({token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)})
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(_TEMPLATE, directory / "chat_template.jinja")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=1) + "\n", encoding="utf-8"
+    )
+    template = json.loads(_TEMPLATE.read_text(encoding="utf-8"))["chat_template"]
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def added_ids(directory: Path) -> dict[str, int]:
@@ -83,7 +104,8 @@ def _settings(ids: dict[str, int]) -> dict[str, object]:
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {
         "added_tokens_decoder": {
-            str(number): {"content": token, **plain, "special": token in SPECIAL} for token, number in ids.items()
+            str(number): {"content": token, **plain, "special": token in SPECIAL}
+            for token, number in ids.items()
         },
         "add_bos_token": False,
         "add_prefix_space": False,

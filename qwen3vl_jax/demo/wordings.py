@@ -273,7 +273,14 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     ),
 }
 
-LEAD_INS = ("Look at {p}. ", "Look: ", "Question: ", "Here is a question. ", "Hello! ", "Now tell me: ")
+LEAD_INS = (
+    "Look at {p}. ",
+    "Look: ",
+    "Question: ",
+    "Here is a question. ",
+    "Hello! ",
+    "Now tell me: ",
+)
 ONE_PICTURE = ("the picture", "the image", "this picture", "this image", "the drawing")
 PICTURES_OF_TWO = (
     ("the first picture", "the first image", "picture one", "image one"),

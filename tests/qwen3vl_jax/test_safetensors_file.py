@@ -18,7 +18,7 @@ from qwen3vl_jax.errors import BadInputError, StorageError, WeightError
 from qwen3vl_jax.files import open_regular, read_into, read_small
 from qwen3vl_jax.safetensors_file import HEADER_BYTES, SafetensorsFile, read_index
 
-TENSORS = {
+TENSORS: dict[str, np.ndarray] = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(4, 3),
     "b.bias": np.arange(5, dtype=np.float16),
     "c.norm": np.arange(6, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(2, 3),
@@ -45,7 +45,9 @@ def raw_file(path: Path, header: dict[str, object] | bytes, data: bytes = b"") -
     return path
 
 
-def entry(start: int, stop: int, *, shape: object = None, dtype: object = "F32") -> dict[str, object]:
+def entry(
+    start: int, stop: int, *, shape: object = None, dtype: object = "F32"
+) -> dict[str, object]:
     lengths = [(stop - start) // 4] if shape is None else shape
     return {"dtype": dtype, "shape": lengths, "data_offsets": [start, stop]}
 
@@ -69,8 +71,8 @@ def test_a_range_of_rows_is_read_alone(shard: Path) -> None:
 
 
 def test_no_flipped_header_bit_crashes_or_changes_a_tensor_of_the_expected_set(shard: Path) -> None:
-    """Whatever is still accepted must have other names: the comparison with the model's table
-    refuses these. test_weights.py repeats this through `open_checkpoint`."""
+    """Whatever is still accepted has another name; test_weights.py shows that these are refused
+    when the names are compared with those of the model."""
     original, whole = everything(shard), shard.read_bytes()
     header_bytes = 8 + struct.unpack("<Q", whole[:8])[0]
     renamed = 0
@@ -102,7 +104,7 @@ def test_every_truncation_and_every_extension_is_refused(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "data_bytes", "says"),
     [
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":' * 1 + b"{}}", 4, "twice"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', 4, "twice"),
         (b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', 4, "twice"),
         ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "overlaps"),
         ({"a": entry(0, 4), "b": entry(8, 12)}, 12, "hole"),
@@ -146,7 +148,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 def test_more_than_100_000_tensors_are_refused(tmp_path: Path) -> None:
-    header = {f"t{i}": entry(0, 0, shape=[0]) for i in range(100_001)}
+    header = b"{" + b",".join(b'"%d":0' % i for i in range(100_001)) + b"}"
     with pytest.raises(WeightError, match="100,001"):
         SafetensorsFile(raw_file(tmp_path / "model.safetensors", header))
 
@@ -204,9 +206,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_noticed(shard: Path) -> None:
             file.read("c.norm")
 
 
-def test_a_short_read_is_finished(
-    shard: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_read_is_finished(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: honest(fd, [buffers[0][:3]], at))
     assert everything(shard)["a.weight"][2] == TENSORS["a.weight"].tobytes()
@@ -235,9 +235,7 @@ def _as_directory(path: Path, _: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_as_link, _as_pipe, _as_directory])
-def test_only_regular_files_are_opened(
-    shard: Path, make: Callable[[Path, Path], None]
-) -> None:
+def test_only_regular_files_are_opened(shard: Path, make: Callable[[Path, Path], None]) -> None:
     path = shard.with_name("other.safetensors")
     make(path, shard)
     with pytest.raises((WeightError, StorageError), match=r"link|regular|directory"):
@@ -284,7 +282,21 @@ def test_a_blob_that_is_a_link_itself_is_refused(shard: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/etc/passwd", "a/b", "", ".", "..", ".hidden", "a\0b", "a\nb", "x" * 256, "ä", 3, None],
+    [
+        "../x",
+        "/etc/passwd",
+        "a/b",
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a\0b",
+        "a\nb",
+        "x" * 256,
+        "ä",
+        3,
+        None,
+    ],
 )
 def test_an_index_names_plain_files_only(tmp_path: Path, name: object) -> None:
     path = tmp_path / "model.safetensors.index.json"

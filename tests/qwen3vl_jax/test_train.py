@@ -16,7 +16,13 @@ from flax import nnx
 from qwen3vl_jax import train
 from qwen3vl_jax.config import Config, parse_config
 from qwen3vl_jax.inputs import prepare
-from qwen3vl_jax.network import Qwen3VLNetwork, abstract_network, forward, named_arrays, network_from_arrays
+from qwen3vl_jax.network import (
+    Qwen3VLNetwork,
+    abstract_network,
+    forward,
+    named_arrays,
+    network_from_arrays,
+)
 
 CONFIG_VALUES = {
     "model_type": "qwen3_vl",
@@ -49,7 +55,12 @@ CONFIG_VALUES = {
     },
 }
 SETTINGS = train.Settings(
-    steps=12, peak_learning_rate=0.01, warmup_steps=2, decay_steps=4, save_every_steps=4, log_every_steps=3
+    steps=12,
+    peak_learning_rate=0.01,
+    warmup_steps=2,
+    decay_steps=4,
+    save_every_steps=4,
+    log_every_steps=3,
 )
 
 
@@ -58,7 +69,9 @@ def parts() -> tuple[Config, train.Parameters, train.Loss]:
     network = Qwen3VLNetwork(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     empty = abstract_network(config, dtype=jnp.float32)
 
-    def loss(parameters: train.Parameters, batch: train.Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        parameters: train.Parameters, batch: train.Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         inputs, labels = batch
         logits = forward(network_from_arrays(empty, parameters), inputs, config)
         return train.cross_entropy(logits, labels), {}
@@ -84,12 +97,16 @@ def batch_at(config: Config, number: int) -> train.Batch:
 
 def run(directory: Path) -> train.Parameters:
     config, parameters, loss = parts()
-    return train.train(loss, parameters, lambda number: batch_at(config, number), SETTINGS, directory)
+    return train.train(
+        loss, parameters, lambda number: batch_at(config, number), SETTINGS, directory
+    )
 
 
 def test_the_loss_is_the_mean_surprise_of_the_labelled_tokens() -> None:
-    # Position 0 predicts token 1 (not counted), position 1 predicts token 2: 1 out of (1, 2, 5) / 8.
-    odds = np.log(np.array([[[1, 1, 1], [1, 2, 5], [9, 9, 1]], [[1, 3, 4], [1, 1, 2], [7, 1, 1]]], np.float32))
+    # Position 0 predicts token 1 (not counted), position 1 predicts token 2.
+    odds = jnp.log(
+        jnp.array([[[1, 1, 1], [1, 2, 5], [9, 9, 1]], [[1, 3, 4], [1, 1, 2], [7, 1, 1]]], np.float32)
+    )
     labels = np.array([[2, train.IGNORED, 1], [0, 0, train.IGNORED]], np.int32)
     wanted = (-np.log(2 / 8) - np.log(1 / 8)) / 2
     assert float(train.cross_entropy(odds, labels)) == pytest.approx(wanted, rel=1e-6)
@@ -104,7 +121,12 @@ def test_weights_learn_to_tell_bright_from_dark_pictures(tmp_path: Path) -> None
     lines: list[train.Progress] = []
     config, parameters, loss = parts()
     train.train(
-        loss, parameters, lambda number: batch_at(config, number), SETTINGS, tmp_path, report=lines.append
+        loss,
+        parameters,
+        lambda number: batch_at(config, number),
+        SETTINGS,
+        tmp_path,
+        report=lines.append,
     )
     assert [line.step for line in lines] == [3, 6, 9, 12]
     assert lines[-1].metrics["loss"] < 0.5 * lines[0].metrics["loss"]
@@ -127,13 +149,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         test_train.batch_at = batch_at
         test_train.run(Path({str(tmp_path / "killed")!r}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert os.listdir(tmp_path / "killed" / "checkpoints"), "killed before its first checkpoint"
     resumed = run(tmp_path / "killed")
     for name, array in undisturbed.items():
         assert np.array_equal(np.asarray(array), np.asarray(resumed[name])), name
-    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    logs = [
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")
+    ]
     assert [len(log) for log in logs] == [4, 4]
 
 

@@ -31,7 +31,7 @@ def read_all(directory: Path, *, vocab_blocks: int = 1) -> dict[str, np.ndarray]
 
 def expected(tensors: factory.Tensors) -> dict[str, np.ndarray]:
     """Our arrays from tensors whose experts lie as [E, out, in]."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         path = name.removeprefix("model.")
         if ".experts." in name:
@@ -55,18 +55,14 @@ def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_directory_is_read_completely(
-    tmp_path: Path, kind: str, tied: bool, dtype: str
-) -> None:
+def test_a_directory_is_read_completely(tmp_path: Path, kind: str, tied: bool, dtype: str) -> None:
     tensors = factory.checkpoint(tmp_path, kind, tied=tied, dtype=dtype, shards=3)
     assert same(read_all(tmp_path), expected(tensors))
 
 
 @pytest.mark.parametrize("kind", ["moe", "mixed"])
 @pytest.mark.parametrize("dialect", ["4", "5"])
-def test_both_expert_layouts_give_the_same_arrays(
-    tmp_path: Path, kind: str, dialect: str
-) -> None:
+def test_both_expert_layouts_give_the_same_arrays(tmp_path: Path, kind: str, dialect: str) -> None:
     saved = factory.checkpoint(tmp_path / "saved", kind, dialect=dialect)
     factory.checkpoint(tmp_path / "released", kind, dialect=dialect, layout="released")
     assert same(read_all(tmp_path / "released"), expected(saved))
@@ -129,11 +125,13 @@ def test_vocabulary_blocks_together_are_the_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "count", "wanted"),
-    [(10, 1, [(0, 10)]), (10, 4, [(0, 3), (3, 6), (6, 9), (9, 10)]), (3, 3, [(0, 1), (1, 2), (2, 3)])],
+    [
+        (10, 1, [(0, 10)]),
+        (10, 4, [(0, 3), (3, 6), (6, 9), (9, 10)]),
+        (3, 3, [(0, 1), (1, 2), (2, 3)]),
+    ],
 )
-def test_row_blocks_are_ceil_divided(
-    rows: int, count: int, wanted: list[tuple[int, int]]
-) -> None:
+def test_row_blocks_are_ceil_divided(rows: int, count: int, wanted: list[tuple[int, int]]) -> None:
     assert list(row_blocks(rows, count)) == wanted
 
 
@@ -252,14 +250,14 @@ def test_an_index_must_agree_with_the_headers(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     factory.checkpoint(tmp_path, shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(WeightError, match="misses model-00002-of-00003.safetensors"):
+    with pytest.raises(WeightError, match=r"misses model-00002-of-00003\.safetensors"):
         read_all(tmp_path)
 
 
 def test_a_shard_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
     factory.checkpoint(tmp_path, shards=2)
     (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"")
-    with pytest.raises(WeightError, match="model-00003-of-00003.safetensors is not named"):
+    with pytest.raises(WeightError, match=r"model-00003-of-00003\.safetensors is not named"):
         read_all(tmp_path)
 
 
@@ -272,10 +270,15 @@ def test_an_index_that_points_outside_opens_nothing(
     config = load_config(tmp_path / "model")
     opened: list[str] = []
     honest = os.open
-    monkeypatch.setattr(os, "open", lambda p, *a, **k: (opened.append(str(p)), honest(p, *a, **k))[1])
+
+    def noted(path: Any, *arguments: Any, **more: Any) -> int:
+        opened.append(str(path))
+        return honest(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", noted)
     with pytest.raises(WeightError, match="plain file name"):
         open_checkpoint(tmp_path / "model", config)
-    assert all(Path(path).parent == tmp_path / "model" for path in opened)
+    assert {Path(path).parent for path in opened} == {tmp_path / "model"}
 
 
 def test_no_flipped_header_bit_is_accepted(tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_no_flipped_header_bit_is_accepted(tmp_path: Path) -> None:
     values = factory.config_values("moe", tied=True)
     tensors = factory.random_tensors(values)
     config = parse_config(values)
-    few = [name for name in tensors if ".layers.0.mlp." in name]
+    few = [name for name in tensors if ".layers.0.mlp.experts." in name]
     shard = tmp_path / "model.safetensors"
     save_file({name: tensors[name] for name in few}, shard, metadata={"format": "pt"})
     rest = {name: tensor.shape for name, tensor in tensors.items() if name not in few}
@@ -335,5 +338,7 @@ def test_size_and_dtype_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_an_entry_knows_the_name_of_its_whole_array() -> None:
-    assert Entry("lm_head.weight.2", "lm_head.weight", (4, 2), rows=(8, 12)).array == "lm_head.weight"
+    assert (
+        Entry("lm_head.weight.2", "lm_head.weight", (4, 2), rows=(8, 12)).array == "lm_head.weight"
+    )
     assert Entry("visual.a.0", "model.visual.a.0", (4,)).array == "visual.a.0"

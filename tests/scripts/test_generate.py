@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,16 +37,28 @@ def script() -> types.ModuleType:
     return module
 
 
-@pytest.fixture
-def endless(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny checkpoint, greedy and with no end token: its answers have the length asked for."""
-    folder = tmp_path / "endless"
-    folder.mkdir()
-    for path in (tiny.DATA / "dense").iterdir():
-        (folder / path.name).symlink_to(path)
-    (folder / "generation_config.json").unlink()
+    folder = tmp_path_factory.mktemp("models") / "endless"
+    shutil.copytree(tiny.DATA / "dense", folder)
     (folder / "generation_config.json").write_text('{"do_sample": false, "eos_token_id": []}')
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from qwen3vl_jax import Qwen3VL
+
+    return Qwen3VL.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def loaded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are read, and the steps compiled, once for all tests that ask for this."""
+    from qwen3vl_jax import Qwen3VL
+
+    monkeypatch.setattr(Qwen3VL, "from_pretrained", lambda *_, **__: model)
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -88,6 +101,7 @@ def test_json_is_one_object_on_the_last_line_with_the_published_keys(
     assert (out, err) == (report["text"] + "\n", "")
 
 
+@pytest.mark.usefixtures("loaded")
 def test_a_picture_a_file_and_stdin_give_the_same_answer(
     script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +124,7 @@ def test_a_picture_a_file_and_stdin_give_the_same_answer(
     assert capsys.readouterr().out != answers[0]
 
 
+@pytest.mark.usefixtures("loaded")
 def test_max_pixels_shrink_a_picture(
     script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -135,6 +150,7 @@ def test_max_pixels_shrink_a_picture(
     assert counts[0] - counts[1] == 48
 
 
+@pytest.mark.usefixtures("loaded")
 def test_the_same_seed_says_the_same_and_a_drawn_seed_is_told(
     script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +165,7 @@ def test_the_same_seed_says_the_same_and_a_drawn_seed_is_told(
     assert reports[1]["tokens"] != reports[2]["tokens"]
 
 
+@pytest.mark.usefixtures("loaded")
 def test_a_conversation_goes_on_until_quit(
     script: Any,
     capsys: pytest.CaptureFixture[str],
@@ -352,7 +369,7 @@ def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> N
         assert child.stdout.read(5)
         assert interrupted(child) < 1.0
         assert child.returncode == 130
-        assert b"Traceback" not in child.communicate()[1]
+        assert child.communicate()[1].count(b"\n") <= 3
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.8])
@@ -364,8 +381,9 @@ def test_ctrl_c_ends_with_130_within_a_second_while_loading_or_compiling(
         assert child.stderr.readline().startswith(b"loading ")
         time.sleep(delay_s)
         assert interrupted(child) < 1.0
-        assert child.returncode == 130
-        assert b"Traceback" not in child.stderr.read()
+        complaints = child.stderr.read()
+        assert child.returncode == 130, complaints
+        assert complaints.count(b"\n") <= 2
 
 
 def test_ctrl_c_in_a_conversation_stops_the_answer_only(endless: str) -> None:

@@ -1,0 +1,210 @@
+"""scripts/bench.py at tiny sizes: what it reports agrees with itself and with counts made by hand."""
+
+import importlib.util
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from qwen3vl_jax import Qwen3VL, load_config
+from qwen3vl_jax.benchmark import checkpoint, peer, work
+from qwen3vl_jax.network import abstract_network, named_arrays
+
+ROOT = Path(__file__).parents[2]
+OFFICIAL = ROOT / "configs" / "models"
+DENSE = ROOT / "tests" / "data" / "tiny" / "dense" / "config.json"
+MOE = ROOT / "tests" / "data" / "tiny" / "moe" / "config.json"
+SHORT = ("--image", "64x32", "--prompt-tokens", "9", "--new-tokens", "3", "--repeats", "1")
+
+
+@pytest.fixture(scope="module")
+def bench() -> types.ModuleType:
+    """scripts/bench.py as a module."""
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts" / "bench.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _small_machine_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3vl_jax.benchmark.machine.reader.__defaults__", (1 << 20,))
+    monkeypatch.setattr("qwen3vl_jax.benchmark.machine.multiplier.__defaults__", ((32, 32, 32),))
+
+
+def shapes(config_file: Path) -> dict[str, tuple[int, ...]]:
+    network = abstract_network(load_config(config_file), dtype=np.dtype("float32"), vocab_blocks=1)
+    return {path: array.shape for path, array in named_arrays(network).items()}
+
+
+def test_the_report_is_complete_and_its_numbers_agree(
+    bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--size", str(DENSE), "--layers", "2", "--dtype", "float32", *SHORT]) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert "SHRUNK to 2 of 4 layers" in lines[0]
+    found = json.loads(lines[-1])
+    assert (found["layers"], found["layers_of_the_model"]) == (2, 4)
+    # 4 x 2 patches are 2 tokens, with a mark on either side.
+    assert found["prompt_tokens"] == 9 + 2 + 2
+    assert list(found["phases"]) == ["vision", "prefill", "prompt", "decode"]
+    for phase in found["phases"].values():
+        slowest = max(
+            phase["read_bytes"] / found["read_bytes_per_s"], phase["flops"] / found["flops_per_s"]
+        )
+        assert phase["bound_s"] == pytest.approx(slowest)
+        assert phase["fraction"] == pytest.approx(phase["bound_s"] / phase["seconds"])
+        assert phase["least_s"] <= phase["seconds"] <= phase["most_s"]
+        assert phase["transformers_s"] is phase["times_as_fast"] is None
+    parts = [found["phases"][name] for name in ("vision", "prefill", "prompt")]
+    assert parts[0]["seconds"] + parts[1]["seconds"] == pytest.approx(parts[2]["seconds"])
+    assert parts[0]["flops"] + parts[1]["flops"] == parts[2]["flops"]
+    assert found["decode_tokens_per_s"] == pytest.approx(1 / found["phases"]["decode"]["seconds"])
+    assert found["tokens_agree"] is None
+    assert found["load_s"] is None
+    assert found["made_s"] > 0
+
+
+def test_a_prompt_without_a_picture_has_no_vision(
+    bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--size", str(DENSE), "--layers", "1", *SHORT, "--image", "none"]
+    assert bench.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    vision = found["phases"]["vision"]
+    assert (vision["read_bytes"], vision["flops"]) == (0, 0)
+    assert found["prompt_tokens"] == 9
+
+
+@pytest.mark.parametrize("config_file", [DENSE, MOE], ids=["dense", "moe"])
+def test_transformers_chooses_the_same_tokens(
+    config_file: Path, bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    arguments = ["--size", str(config_file), "--dtype", "float32", "--against", "transformers"]
+    assert bench.main([*arguments, *SHORT]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # The first token and three more: the comparison times equal work.
+    assert found["tokens_agree"] == 4
+    for phase in found["phases"].values():
+        assert phase["times_as_fast"] == pytest.approx(phase["transformers_s"] / phase["seconds"])
+
+
+def test_a_comparison_without_torch_is_refused_at_once(
+    bench: types.ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
+    assert bench.main(["--size", str(DENSE), "--against", "transformers"]) == 2
+    assert "torch is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--size", "3b"], "--size 3b: not a part of exactly one of qwen3-vl-235b-a22b-instruct"),
+        (["--size", str(DENSE), "--layers", "5"], "--layers 5: this model has 1 to 4"),
+        (["--size", str(DENSE), "--image", "50x64"], "--image 50x64: both must be multiples of 32"),
+        (["--image", "50"], "50: a size like 448x448, or none, is wanted"),
+        (["--repeats", "0"], "0 is less than 1"),
+    ],
+    ids=["size", "layers", "picture", "no picture", "repeats"],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_scratch_checkpoint_is_written_once_and_then_loaded(
+    bench: types.ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--size", str(DENSE), "--layers", "1", "--scratch", str(tmp_path), *SHORT]
+    reports = []
+    for _ in range(2):
+        assert bench.main(arguments) == 0
+        reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert reports[0]["made_s"] > 0
+    assert reports[1]["made_s"] is None
+    assert all(report["load_s"] > 0 for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("config_file", "dtype"), [(DENSE, "bfloat16"), (MOE, "float16")], ids=["dense", "moe"]
+)
+def test_the_written_checkpoint_holds_the_weights(
+    config_file: Path, dtype: str, tmp_path: Path
+) -> None:
+    config = work.shrunk(load_config(config_file), 2)
+    model = Qwen3VL.random(config, dtype=dtype)
+    values = checkpoint.shrunk_values(json.loads(config_file.read_text()), config, dtype)
+    checkpoint.write(tmp_path, values, model.parameters)
+    read = Qwen3VL.from_pretrained(tmp_path)
+    assert read.config.text == config.text
+    assert read.config.vision == config.vision
+    assert read.parameters.keys() == model.parameters.keys()
+    for path, array in model.parameters.items():
+        np.testing.assert_array_equal(read.parameters[path], array)
+
+
+def test_decoding_with_the_2b_model_reads_its_layers_its_head_and_the_cache() -> None:
+    file = OFFICIAL / "qwen3-vl-2b-instruct.json"
+    config = load_config(file)
+    task = work.Workload(config, "bfloat16", 512, 448, 448, 16)
+    assert task.prompt_tokens == 512 + 196 + 2
+    attention = 2 * 2048 * 2048 + 2 * 1024 * 2048 + 2 * 128
+    layer = attention + 3 * 6144 * 2048 + 2 * 2048
+    cache = 2 * 28 * 8 * 128 * (710 + 8)
+    found = work.costs(task, shapes(file))
+    assert found["decode"].read_bytes == 2 * (28 * layer + 151936 * 2048 + cache)
+    products = 2 * (28 * layer + 151936 * 2048) + 4 * 2048 * 28 * (710 + 8)
+    assert found["decode"].flops == products
+    pairs = 710 * 711 // 2
+    prefill = 2 * (28 * layer * 710 + 151936 * 2048) + 4 * 2048 * 28 * pairs
+    assert found["prefill"].flops == prefill
+
+
+def test_vision_counts_patches_in_blocks_and_tokens_in_mergers() -> None:
+    file = OFFICIAL / "qwen3-vl-2b-instruct.json"
+    task = work.Workload(load_config(file), "bfloat16", 1, 448, 448, 1)
+    block = 4 * 1024 * 1024 + 2 * 1024 * 4096
+    merger = 4096 * 4096 + 4096 * 2048
+    flops = 2 * 784 * (1536 * 1024 + 24 * block) + 2 * 196 * 4 * merger + 4 * 784**2 * 1024 * 24
+    assert work.costs(task, shapes(file))["vision"].flops == flops
+
+
+def test_a_sparse_model_reads_only_the_chosen_experts() -> None:
+    file = OFFICIAL / "qwen3-vl-30b-a3b-instruct.json"
+    task = work.Workload(load_config(file), "bfloat16", 64, 0, 0, 1)
+    found = work.costs(task, shapes(file))
+    attention = 2 * 4096 * 2048 + 2 * 512 * 2048 + 2 * 128
+    layer = attention + 128 * 2048 + 2 * 2048
+    expert = 3 * 768 * 2048
+    head = 151936 * 2048
+    cache = 2 * 48 * 4 * 128 * 65
+    assert found["decode"].read_bytes == 2 * (48 * (layer + 8 * expert) + head + cache)
+    # 64 tokens choose 512 times: every one of 128 experts may be wanted, but none more than once.
+    assert found["prefill"].read_bytes == 2 * (48 * (layer + 128 * expert) + head)
+
+
+def test_inputs_are_what_the_model_takes() -> None:
+    config = load_config(DENSE)
+    task = work.Workload(config, "float32", 500, 64, 96, 1)
+    arrays = work.inputs(task, seed=3)
+    ids = arrays["input_ids"][0]
+    assert len(ids) == task.prompt_tokens
+    assert (ids == config.image_token_id).sum() == 6
+    assert config.video_token_id not in ids
+    assert ids.max() < config.text.vocab_size
+    assert arrays["pixel_values"].shape == (24, math.prod((3, 2, 16, 16)))
+    assert arrays["image_grid_thw"].tolist() == [[1, 4, 6]]
+    again: dict[str, Any] = work.inputs(task, seed=3)
+    jax.tree.map(np.testing.assert_array_equal, arrays, again)
