@@ -135,7 +135,7 @@ class _Unread:
     progress: Progress
 
 
-class _UnreadHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
+class _UnreadHandler(type_handlers.NumpyHandler):
     """Writes one leaf after the other, each as a numpy array."""
 
     async def serialize(

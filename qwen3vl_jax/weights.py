@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
-from qwen3vl_jax.errors import WeightError
+from qwen3vl_jax.errors import UsageError, WeightError
 
 MANIFEST_NAME = "manifest.json"
 ARRAYS = 1_000_000
@@ -134,9 +134,12 @@ def row_blocks(vocab_size: int, count: int) -> tuple[tuple[int, int], ...]:
 
     All blocks have ceil(vocab_size / count) rows but the last, which has the rest; so there can
     be fewer than `count` of them.
+
+    Raises:
+        UsageError: if `count` is below 1 or above `vocab_size`.
     """
     if not 1 <= count <= vocab_size:
-        raise ValueError(f"vocab_blocks is {count}; wanted 1 to {vocab_size:,}")
+        raise UsageError(f"vocab_blocks is {count}, wanted 1 to {vocab_size:,}; choose another")
     rows = -(-vocab_size // count)
     return tuple((first, min(first + rows, vocab_size)) for first in range(0, vocab_size, rows))
 

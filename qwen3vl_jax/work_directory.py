@@ -33,8 +33,8 @@ class WorkDirectory:
             UsageError: if `destination` or something foreign is in the way.
             StorageError: if the system refuses, or another process is at work here.
         """
-        self.destination = destination
-        self.directory = destination.with_name(destination.name + ".partial")
+        self.destination = destination = destination.absolute()
+        self.directory = destination.parent / f"{destination.name}.partial"
         self.content = self.directory / CONTENT_NAME
         if destination.exists() or destination.is_symlink():
             self._sweep()

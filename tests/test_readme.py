@@ -1,4 +1,4 @@
-"""README is true: its Python runs, its commands are the ones that .ci/run runs, its links lead on."""
+"""README is true: its Python runs, .ci/run runs its commands, its links lead somewhere."""
 
 import re
 import shlex

@@ -14,10 +14,10 @@ ONE = Layout("one", rows=32, pictures=1, tokens=112, turns=4)
 TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
 NAMING_STEPS = 1200
 SETTINGS = Settings(
-    steps=5000,
+    steps=4400,
     peak_learning_rate=1.5e-3,
     warmup_steps=40,
-    decay_steps=1200,
+    decay_steps=1100,
     save_every_steps=100,
     log_every_steps=20,
 )
@@ -102,7 +102,7 @@ _BOTH = _ONE | {"which": 3.0}
 # First the vision tower alone learns to name what is in each cell. Then descriptions, which say
 # most per token, and at last mostly questions.
 CURRICULUM = (
-    Stage(NAMING_STEPS, Mixture(SceneRange(1, 6, 0.7), {}, 0.0), (NAMING,)),
+    Stage(NAMING_STEPS, Mixture(SceneRange(0, 5, 0.9), {}, 0.0), (NAMING,)),
     Stage(NAMING_STEPS + 300, Mixture(SceneRange(1, 4, 0.5), _ONE, 1.0), (FULL,)),
     Stage(NAMING_STEPS + 1100, Mixture(SceneRange(1, 6, 0.6), _ONE, 0.5), (FULL, ONE, NAMING)),
     Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),

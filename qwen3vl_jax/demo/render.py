@@ -100,11 +100,30 @@ def _font(height_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _draw_caption(image: Image.Image, caption: Caption, scale: float) -> None:
     mask = _text_mask(caption, round(caption.height * scale), round(960 * scale))
-    left = round(caption.x * scale - mask.width / 2)
-    left = max(round(20 * scale), min(left, image.width - mask.width - round(20 * scale)))
+    left = _left_edge(caption, mask.width, image.width, scale)
     top = round(caption.y * scale - mask.height / 2)
     top = max(round(10 * scale), min(top, image.height - mask.height - round(10 * scale)))
     image.paste(caption.rgb, (left, top), mask)
+
+
+def _left_edge(caption: Caption, text_width: int, picture_width: int, scale: float) -> int:
+    margin = round(20 * scale)
+    left = round(caption.x * scale - text_width / 2)
+    return max(margin, min(left, picture_width - text_width - margin))
+
+
+def letter_columns(caption: Caption) -> list[int]:
+    """The column of the board (0 to 2) in which the middle of each letter stands."""
+    large_px = SIDE_PX * _OVERSAMPLING
+    scale = large_px / 1000
+    height_px = round(caption.height * scale)
+    width = _text_mask(caption, height_px, round(960 * scale)).width
+    left = _left_edge(caption, width, large_px, scale)
+    text = caption.text.upper() if caption.upper else caption.text
+    font = _font(height_px)
+    ends = [font.getlength(text[:count]) for count in range(len(text) + 1)]
+    middles = [(ends[k] + ends[k + 1]) / 2 / ends[-1] * width + left for k in range(len(text))]
+    return [min(2, int(3 * middle / large_px)) for middle in middles]
 
 
 def _text_mask(caption: Caption, height_px: int, limit_px: int) -> Image.Image:

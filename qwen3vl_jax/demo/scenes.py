@@ -111,7 +111,7 @@ def sample_scene(
     colours = _visible_colours(background)
     caption = None
     if rng.random() < limits.caption_probability:
-        caption = _caption(rng, colours, held_out_numbers=held_out_numbers)
+        caption = _caption(rng, _readable(colours, background), held_out_numbers=held_out_numbers)
     rows = [row for row in range(3) if caption is None or row != caption.row]
     cells = [3 * row + column for row in rows for column in range(3)]
     count = int(rng.integers(limits.items_min, limits.items_max + 1))
@@ -155,6 +155,16 @@ def _visible_colours(background: tuple[int, int, int]) -> tuple[str, ...]:
     return tuple(colour for colour in COLOURS if colour not in hidden)
 
 
+def _readable(colours: tuple[str, ...], background: tuple[int, int, int]) -> tuple[str, ...]:
+    """Colours that differ from the background in brightness, not in hue alone: letters are thin."""
+    paper = _brightness(background)
+    return tuple(colour for colour in colours if abs(_brightness(PALETTE[colour]) - paper) > 55)
+
+
+def _brightness(rgb: tuple[int, int, int]) -> float:
+    return 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
+
+
 def _jittered(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
     jitter = rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)
     red, green, blue = (int(value) for value in np.clip(np.array(PALETTE[colour]) + jitter, 0, 255))
@@ -196,11 +206,11 @@ def _caption(
         kind=kind,
         colour=colour,
         row=row,
-        x=float(_BOARD / 2 + rng.uniform(-120, 120)),
-        y=float((row + 0.5) * _BOARD / 3 + rng.uniform(-50, 50)),
-        height=float(rng.uniform(210, 280)),
+        x=float(_BOARD / 2 + rng.uniform(-40, 40)),
+        y=float((row + 0.5) * _BOARD / 3 + rng.uniform(-25, 25)),
+        height=float(rng.uniform(235, 275)),
         style=STYLES[int(rng.integers(len(STYLES)))],
-        upper=bool(rng.random() < 0.4),
+        upper=bool(rng.random() < 0.3),
         rgb=_jittered(rng, colour),
     )
 

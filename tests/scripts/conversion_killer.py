@@ -73,7 +73,7 @@ def main(source: str, folder: Path, kills: int, number: int) -> None:
         journal = destination.with_name(destination.name + ".partial") / "journal.jsonl"
         noted = journal.read_bytes().count(b"\n") if journal.exists() else 0
         code = result(start(convert, source, destination))
-        # Killed between the last rename and tidying up: DST is complete, and "exists" is the answer.
+        # Killed between the last rename and tidying up: DST is complete, the answer is "exists".
         again = 0 if left and code == 2 else code
         trial = {"name": destination.name, "died": died, "again": again, "noted": noted}
         trials.append({**trial, "answer_s": answer_s})

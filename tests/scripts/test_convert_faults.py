@@ -121,6 +121,18 @@ def test_a_failing_system_call_is_one_line_and_exit_5_and_the_work_goes_on(
     assert files(tmp_path / "store") == files(tmp_path / "other")
 
 
+def test_an_export_that_ran_out_of_space_goes_on(shim: Path, tmp_path: Path) -> None:
+    factory.checkpoint(tmp_path / "hf", shards=3)
+    assert convert(tmp_path / "hf", tmp_path / "store") == 0
+    faults = {"fn": "write", "path": "00002-of", "err": FULL, "at": "4+"}
+    done = with_faults(shim, tmp_path / "store", tmp_path / "back", "--to-hf", **faults)
+    assert done.returncode == 5
+    assert "No space left" in done.stderr
+    assert not (tmp_path / "back").exists()
+    assert convert(tmp_path / "store", tmp_path / "back", "--to-hf") == 0
+    assert files(tmp_path / "back") == files(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("function", ["pread", "write"])
 def test_short_reads_and_writes_change_nothing(shim: Path, tmp_path: Path, function: str) -> None:
     factory.checkpoint(tmp_path / "hf", text={"num_hidden_layers": 1})
