@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         WeightError,
     )
     from qwen3vl_jax.model import Qwen3VL
-    from qwen3vl_jax.processing import Processor
+    from qwen3vl_jax.processing.processor import Processor
 
 __all__ = [
     "BadInputError",
@@ -44,7 +44,7 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "MediaError": "errors",
-    "Processor": "processing",
+    "Processor": "processing.processor",
     "PromptError": "errors",
     "Qwen3VL": "model",
     "Qwen3VLError": "errors",

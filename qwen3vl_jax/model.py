@@ -66,7 +66,8 @@ class Qwen3VL:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
             StorageError: it cannot be read.
         """
-        from qwen3vl_jax.weights import open_checkpoint, table
+        from qwen3vl_jax.checkpoints.opening import open_checkpoint
+        from qwen3vl_jax.weights import table
 
         config = load_config(path)
         chosen = _dtype(config.dtype if dtype is None else dtype)

@@ -12,15 +12,10 @@ I MLP width, E experts, V vocabulary.
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol, runtime_checkable
-
-import numpy as np
 
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
 from qwen3vl_jax.errors import UsageError, WeightError
 
-MANIFEST_NAME = "manifest.json"
 ARRAYS = 1_000_000
 Shapes = dict[str, tuple[int, ...]]
 
@@ -43,81 +38,6 @@ class Entry:
     def array(self) -> str:
         """Name of the array in a store, where vocabulary matrices are whole."""
         return self.path if self.rows is None else self.path.rpartition(".")[0]
-
-
-@runtime_checkable
-class Checkpoint(Protocol):
-    """Weights that can be read one array at a time, whatever the format on disk."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, as stored."""
-
-    def dtype_of(self, entry: Entry) -> np.dtype:
-        """The dtype that `read` returns: float32, float16 or bfloat16."""
-
-    def read(self, entry: Entry) -> np.ndarray:
-        """A new array of `entry.shape` at a 64-byte aligned address; the caller owns it.
-
-        Raises:
-            WeightError: if the data are damaged.
-            StorageError: if the system reports a read error.
-        """
-
-    def close(self) -> None:
-        """Give files back; further calls do nothing."""
-
-    def __enter__(self) -> "Checkpoint": ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def open_checkpoint(path: str | Path, config: Config) -> Checkpoint:
-    """Open a Hugging Face directory, our store, or an Orbax checkpoint for reading.
-
-    Names, shapes and dtypes of all tensors are checked against `config` before this returns.
-
-    Raises:
-        WeightError: if the directory holds none of the three, or not exactly this model.
-        StorageError: if the system refuses.
-    """
-    path = Path(path)
-    match kind_of(path):
-        case "store":
-            from qwen3vl_jax.store import Store
-
-            return Store(path, config)
-        case "orbax":
-            from qwen3vl_jax.orbax_exchange import OrbaxCheckpoint
-
-            return OrbaxCheckpoint(path, config)
-        case _:
-            from qwen3vl_jax.hf_checkpoint import HFCheckpoint
-
-            return HFCheckpoint(path, config)
-
-
-def kind_of(path: Path) -> str:
-    """What a directory holds: "huggingface", "store" or "orbax".
-
-    Raises:
-        WeightError: if it is none of them.
-    """
-    for kind, names in (
-        ("store", (MANIFEST_NAME,)),
-        ("orbax", ("_CHECKPOINT_METADATA", "orbax")),
-        ("huggingface", ("model.safetensors", "model.safetensors.index.json")),
-    ):
-        if any((path / name).exists() or (path / name).is_symlink() for name in names):
-            return kind
-    if not path.is_dir():
-        raise WeightError(f"{path} is no directory; name the folder that holds config.json")
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise WeightError(
-            f"{path} holds only pickled weights, which can run code and are never read; "
-            "save the model as safetensors"
-        )
-    raise WeightError(f"{path} holds no weights: no model.safetensors, no index, no store")
 
 
 def table(config: Config, *, vocab_blocks: int = 1) -> tuple[Entry, ...]:

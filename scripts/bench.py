@@ -113,10 +113,9 @@ def bench(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         say=console.say,
     )
-    shapes = {path: array.shape for path, array in model.parameters.items()}
     result = {
         **_settings(options, work, layers),
-        **summary(rounds, costs(work, shapes)),
+        **summary(rounds, costs(work)),
         "weight_bytes": sum(array.nbytes for array in model.parameters.values()),
         "made_s": loaded.made_s,
         "load_s": loaded.load_s,
@@ -191,7 +190,7 @@ def _load(options: argparse.Namespace, values: Mapping[str, Any], work: "Workloa
         if folder is None:
             return Loaded(model, made_s, None)
         console.say(f"writing them to {folder}")
-        write(folder, values, model.parameters)
+        write(folder, values, config, model.parameters)
         del model
     start = time.perf_counter()
     model = Qwen3VL.from_pretrained(folder, dtype=work.dtype)
@@ -204,8 +203,7 @@ def _peer(
     from qwen3vl_jax.benchmark.peer import Peer
 
     console.say("building transformers' model around the same weights")
-    tied = work.config.tie_word_embeddings
-    peer = Peer(values, model.parameters, dtype=work.dtype, tied=tied)
+    peer = Peer(values, work.config, model.parameters, dtype=work.dtype)
     return lambda: peer.run(arrays, work.new_tokens)
 
 

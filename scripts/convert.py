@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    from qwen3vl_jax import verification
+    from qwen3vl_jax.checkpoints import verification
 
     source, destination = arguments.source, arguments.destination
     with _ProgressBar() as progress:
@@ -82,15 +82,15 @@ def _run(arguments: argparse.Namespace) -> str:
 def _convert(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
     source, destination = arguments.source, arguments.destination
     if arguments.to_orbax:
-        from qwen3vl_jax.orbax_exchange import to_orbax
+        from qwen3vl_jax.checkpoints.orbax_export import to_orbax
 
         to_orbax(source, destination, progress=progress)
     elif arguments.to_hf:
-        from qwen3vl_jax.hf_export import to_hf
+        from qwen3vl_jax.checkpoints.hf_export import to_hf
 
         to_hf(source, destination, progress=progress)
     else:
-        from qwen3vl_jax.conversion import to_store
+        from qwen3vl_jax.checkpoints.conversion import to_store
 
         to_store(source, destination, dtype=arguments.dtype or "keep", progress=progress)
 

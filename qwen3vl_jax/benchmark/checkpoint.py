@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from qwen3vl_jax.config import Config
+from qwen3vl_jax.weights import Entry, table
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -26,49 +27,39 @@ def shrunk_values(values: Mapping[str, Any], config: Config, dtype: str) -> dict
     return {**values, "text_config": text, "vision_config": vision, "dtype": dtype}
 
 
-def hf_names(paths: Mapping[str, Any]) -> dict[str, list[str]]:
-    """transformers' name of every tensor -> our paths that make it up, in order.
-
-    Our experts are single arrays, theirs stacked; our vocabulary matrices are lists of row blocks.
-    """
-    names: dict[str, list[tuple[int, str]]] = {}
-    for path in paths:
-        name = path if path.startswith("lm_head.") else f"model.{path}"
-        order = 0
-        if ".experts." in name:
-            before, _, after = name.partition(".experts.")
-            number, _, last = after.partition(".")
-            name, order = f"{before}.experts.{last}", int(number)
-        elif name.rpartition(".")[2].isdigit():
-            name, _, number = name.rpartition(".")
-            order = int(number)
-        names.setdefault(name, []).append((order, path))
-    return {name: [path for _, path in sorted(parts)] for name, parts in names.items()}
+def hf_tensors(config: Config) -> dict[str, list[Entry]]:
+    """transformers' name of every tensor -> the arrays of ours that make it up, in order."""
+    tensors: dict[str, list[Entry]] = {}
+    for entry in table(config):
+        tensors.setdefault(entry.hf_name, []).append(entry)
+    return tensors
 
 
-def write(folder: Path, values: Mapping[str, Any], parameters: Mapping[str, jax.Array]) -> None:
+def hf_shape(entries: list[Entry]) -> list[int]:
+    """A tensor's shape: experts are stacked."""
+    first = entries[0]
+    return list(first.shape) if first.expert is None else [len(entries), *first.shape]
+
+
+def write(
+    folder: Path, values: Mapping[str, Any], config: Config, parameters: Mapping[str, jax.Array]
+) -> None:
     """config.json and one model.safetensors; complete when config.json is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = hf_names(parameters)
+    tensors = hf_tensors(config)
     header, end = {}, 0
-    for name, paths in names.items():
-        arrays = [parameters[path] for path in paths]
+    for name, entries in tensors.items():
+        arrays = [parameters[entry.path] for entry in entries]
         start, end = end, end + sum(array.nbytes for array in arrays)
         header[name] = {
             "dtype": SAFETENSORS_NAMES[arrays[0].dtype.name],
-            "shape": _shape(name, [array.shape for array in arrays]),
+            "shape": hf_shape(entries),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for path in itertools.chain.from_iterable(names.values()):
-            file.write(np.asarray(parameters[path]).view(np.uint8).reshape(-1).data)
+        for entry in itertools.chain.from_iterable(tensors.values()):
+            file.write(np.asarray(parameters[entry.path]).view(np.uint8).reshape(-1).data)
     (folder / "config.json").write_text(json.dumps(values, indent=1))
-
-
-def _shape(name: str, shapes: list[tuple[int, ...]]) -> list[int]:
-    if ".experts." in name:
-        return [len(shapes), *shapes[0]]
-    return [sum(shape[0] for shape in shapes), *shapes[0][1:]]

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_jax.benchmark.checkpoint import hf_names
+from qwen3vl_jax.benchmark.checkpoint import hf_tensors
 from qwen3vl_jax.benchmark.ours import Run
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 
 
@@ -32,14 +33,19 @@ class Peer:
     """transformers' model around our arrays: no second copy of a weight, but for experts."""
 
     def __init__(
-        self, values: Mapping[str, Any], parameters: Mapping[str, Any], *, dtype: str, tied: bool
+        self,
+        values: Mapping[str, Any],
+        config: Config,
+        parameters: Mapping[str, Any],
+        *,
+        dtype: str,
     ) -> None:
         self._torch = require_torch()
         self._dtype = getattr(self._torch, dtype)
         with self._torch.device("meta"):
             self._model = self._make(values)
-        tensors = _hf_tensors(self._torch, parameters)
-        if tied:
+        tensors = _shared(self._torch, config, parameters)
+        if config.tie_word_embeddings:
             tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
         self._model.load_state_dict(tensors, assign=True)
         self._fill_buffers(values)
@@ -104,10 +110,10 @@ class _Clock:
         """Nothing is left to do."""
 
 
-def _hf_tensors(torch: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(torch: Any, config: Config, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Our arrays as torch tensors under transformers' names, sharing memory."""
     tensors = {}
-    for name, paths in hf_names(parameters).items():
-        parts = [torch.from_dlpack(parameters[path]) for path in paths]
-        tensors[name] = torch.stack(parts) if ".experts." in name else parts[0]
+    for name, entries in hf_tensors(config).items():
+        parts = [torch.from_dlpack(parameters[entry.path]) for entry in entries]
+        tensors[name] = parts[0] if entries[0].expert is None else torch.stack(parts)
     return tensors

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.weights import table
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -115,11 +116,12 @@ def inputs(work: Workload, *, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def costs(work: Workload, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Cost]:
+def costs(work: Workload) -> dict[str, Cost]:
     """What vision, the prompt's text and one decoded token cost, from the shapes of all weights.
 
     Biases, norms, softmax and rotations are left out of the arithmetic: under one per cent.
     """
+    shapes = {entry.path: entry.shape for entry in table(work.config)}
     return {"vision": _vision(work, shapes), **_text(work, shapes)}
 
 

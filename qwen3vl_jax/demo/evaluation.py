@@ -20,7 +20,7 @@ from qwen3vl_jax.demo.scenes import Scene, SceneRange, sample_scene
 from qwen3vl_jax.generation import generate
 from qwen3vl_jax.generation_settings import GenerationSettings
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.processing import Processor
+from qwen3vl_jax.processing.processor import Processor
 
 CROWD = SceneRange(1, 6, 0.6)
 _BATCH_ROWS = 32

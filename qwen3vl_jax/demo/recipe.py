@@ -12,12 +12,12 @@ NAMING = Layout("naming", rows=64, pictures=1, tokens=0, turns=0)
 FULL = Layout("full", rows=32, pictures=1, tokens=68, turns=1)
 ONE = Layout("one", rows=32, pictures=1, tokens=112, turns=4)
 TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
-NAMING_STEPS = 1200
+NAMING_STEPS = 2400
 SETTINGS = Settings(
-    steps=4400,
+    steps=6000,
     peak_learning_rate=1.5e-3,
     warmup_steps=40,
-    decay_steps=1100,
+    decay_steps=1300,
     save_every_steps=100,
     log_every_steps=20,
 )

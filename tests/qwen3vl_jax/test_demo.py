@@ -18,7 +18,7 @@ from qwen3vl_jax.demo.scenes import (
 )
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.network import forward
-from qwen3vl_jax.processing import Processor
+from qwen3vl_jax.processing.processor import Processor
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "checkpoint"
 CROWD = SceneRange(1, 6, 0.6)

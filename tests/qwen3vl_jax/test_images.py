@@ -16,8 +16,8 @@ from pictures import file_of, mutations, picture
 from PIL import Image
 
 from qwen3vl_jax.errors import MediaError
-from qwen3vl_jax.images import load_image, patches_of, prepare_image, smart_resize
-from qwen3vl_jax.media_config import Limits, PixelSettings
+from qwen3vl_jax.processing.images import load_image, patches_of, prepare_image, smart_resize
+from qwen3vl_jax.processing.media_config import Limits, PixelSettings
 
 LIMITS = Limits()
 SMALL = PixelSettings(min_pixels=4_096, max_pixels=65_536)
@@ -298,8 +298,8 @@ def test_bombs_are_refused_without_taking_memory(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from qwen3vl_jax.errors import MediaError
-from qwen3vl_jax.images import load_image
-from qwen3vl_jax.media_config import Limits
+from qwen3vl_jax.processing.images import load_image
+from qwen3vl_jax.processing.media_config import Limits
 import PIL.WebPImagePlugin, PIL.JpegImagePlugin, PIL.PngImagePlugin
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

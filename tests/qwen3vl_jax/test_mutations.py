@@ -28,6 +28,7 @@ import tiny
 
 import qwen3vl_jax
 from qwen3vl_jax import weights
+from qwen3vl_jax.checkpoints import opening
 from qwen3vl_jax.config import Config, load_config
 
 PACKAGE = Path(qwen3vl_jax.__file__).parent
@@ -143,7 +144,7 @@ def weights_of(checkpoint: str) -> tuple[Config, dict[str, jax.Array]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny.checkpoint(checkpoint, Path(scratch))
         config = load_config(folder)
-        with weights.open_checkpoint(folder, config) as opened:
+        with opening.open_checkpoint(folder, config) as opened:
             table = weights.table(config)
             return config, {entry.path: jnp.array(opened.read(entry)) for entry in table}
 

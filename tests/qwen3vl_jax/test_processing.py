@@ -15,14 +15,14 @@ from pictures import clip, picture
 from PIL import Image
 
 from qwen3vl_jax.errors import ConfigError, MediaError, PromptError, UsageError
-from qwen3vl_jax.media_config import (
+from qwen3vl_jax.processing.media_config import (
     Limits,
     PixelSettings,
     VideoSettings,
     load_image_settings,
     load_video_settings,
 )
-from qwen3vl_jax.processing import Processor
+from qwen3vl_jax.processing.processor import Processor
 
 DIRECTORY = tiny.DATA / "dense"
 LEGACY = Processor.from_pretrained(DIRECTORY)
@@ -366,7 +366,7 @@ def test_the_tokenizer_serves_transformers_streamer() -> None:
 def test_processing_imports_neither_torch_nor_jax_and_little_of_transformers() -> None:
     code = f"""
 import sys
-from qwen3vl_jax.processing import Processor
+from qwen3vl_jax.processing.processor import Processor
 Processor.from_pretrained({str(DIRECTORY)!r})([{{"role": "user", "content": "x"}}])
 bad = {{"torch", "torchvision", "jax", "flax", "av", "transformers.models.auto"}}
 print(*sorted(bad & set(sys.modules)))

@@ -14,12 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import picture
 
-from qwen3vl_jax.conversations import ImagePart, VideoPart, parse_batch
 from qwen3vl_jax.errors import PromptError
-from qwen3vl_jax.processing import Processor
-from qwen3vl_jax.prompts import ControlTokens, Marks, marked_text, read_marks, split_typed
-from qwen3vl_jax.templates import ChatTemplate, load_template, render, render_here
-from qwen3vl_jax.tokenizer import Tokenizer
+from qwen3vl_jax.processing.conversations import ImagePart, VideoPart, parse_batch
+from qwen3vl_jax.processing.processor import Processor
+from qwen3vl_jax.processing.prompts import (
+    ControlTokens,
+    Marks,
+    marked_text,
+    read_marks,
+    split_typed,
+)
+from qwen3vl_jax.processing.templates import ChatTemplate, load_template, render, render_here
+from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 DIRECTORY = tiny.DATA / "dense"
 PROCESSOR = Processor.from_pretrained(DIRECTORY)

@@ -14,9 +14,9 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qwen3vl_jax.checkpoints.files import open_regular, read_into, read_small
+from qwen3vl_jax.checkpoints.safetensors_file import HEADER_BYTES, SafetensorsFile, read_index
 from qwen3vl_jax.errors import BadInputError, StorageError, WeightError
-from qwen3vl_jax.files import open_regular, read_into, read_small
-from qwen3vl_jax.safetensors_file import HEADER_BYTES, SafetensorsFile, read_index
 
 TENSORS: dict[str, np.ndarray] = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(4, 3),

@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 import tensorstore
 
-from qwen3vl_jax.config import load_config
-from qwen3vl_jax.conversion import to_store
-from qwen3vl_jax.errors import ConfigError, Qwen3VLError, WeightError
-from qwen3vl_jax.manifest import (
+from qwen3vl_jax.checkpoints.conversion import to_store
+from qwen3vl_jax.checkpoints.manifest import (
     CHUNK_BYTES,
     Manifest,
     StoredArray,
@@ -27,10 +25,13 @@ from qwen3vl_jax.manifest import (
     decode,
     encode,
 )
-from qwen3vl_jax.store import ARRAYS_NAME, Store
-from qwen3vl_jax.verification import verify_store
-from qwen3vl_jax.weights import open_checkpoint, table
-from qwen3vl_jax.zarr_array import read_rows, sync_arrays, write_array
+from qwen3vl_jax.checkpoints.opening import open_checkpoint
+from qwen3vl_jax.checkpoints.store import ARRAYS_NAME, Store
+from qwen3vl_jax.checkpoints.verification import verify_store
+from qwen3vl_jax.checkpoints.zarr_array import read_rows, sync_arrays, write_array
+from qwen3vl_jax.config import load_config
+from qwen3vl_jax.errors import ConfigError, Qwen3VLError, WeightError
+from qwen3vl_jax.weights import table
 
 
 class Silent:

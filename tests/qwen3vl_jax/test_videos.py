@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pictures import clip, mutations, picture, video_file
 from PIL import Image
 
-from qwen3vl_jax.conversations import VideoPart
 from qwen3vl_jax.errors import MediaError, UsageError
-from qwen3vl_jax.images import grid_of
-from qwen3vl_jax.media_config import Limits, PixelSettings, VideoSettings
-from qwen3vl_jax.videos import (
+from qwen3vl_jax.processing.conversations import VideoPart
+from qwen3vl_jax.processing.images import grid_of
+from qwen3vl_jax.processing.media_config import Limits, PixelSettings, VideoSettings
+from qwen3vl_jax.processing.videos import (
     Clip,
     group_times,
     load_video,

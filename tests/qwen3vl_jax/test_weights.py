@@ -13,11 +13,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from qwen3vl_jax.checkpoints.hf_checkpoint import check_shapes, expert_layouts
+from qwen3vl_jax.checkpoints.opening import kind_of, open_checkpoint
+from qwen3vl_jax.checkpoints.safetensors_file import SafetensorsFile
 from qwen3vl_jax.config import load_config, parse_config
 from qwen3vl_jax.errors import UsageError, WeightError
-from qwen3vl_jax.hf_checkpoint import check_shapes, expert_layouts
-from qwen3vl_jax.safetensors_file import SafetensorsFile
-from qwen3vl_jax.weights import Entry, arrays, kind_of, open_checkpoint, row_blocks, table
+from qwen3vl_jax.weights import Entry, arrays, row_blocks, table
 
 KINDS = ("dense", "moe", "mixed")
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"

@@ -30,7 +30,7 @@ def load_script() -> Callable[[list[str]], int]:
     # What a conversion imports when it starts.
     import rich.progress  # noqa: F401
 
-    import qwen3vl_jax.verification  # noqa: F401
+    import qwen3vl_jax.checkpoints.verification  # noqa: F401
 
     main: Callable[[list[str]], int] = module.main
     return main

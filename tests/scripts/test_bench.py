@@ -1,4 +1,4 @@
-"""scripts/bench.py at tiny sizes: what it reports agrees with itself and with counts made by hand."""
+"""scripts/bench.py at tiny sizes: its report agrees with itself and with counts made by hand."""
 
 import importlib.util
 import json
@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_jax import Qwen3VL, load_config
-from qwen3vl_jax.benchmark import checkpoint, peer, work
-from qwen3vl_jax.network import abstract_network, named_arrays
+from qwen3vl_jax.benchmark import checkpoint, machine, peer, work
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "configs" / "models"
@@ -35,13 +34,8 @@ def bench() -> types.ModuleType:
 
 @pytest.fixture(autouse=True)
 def _small_machine_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen3vl_jax.benchmark.machine.reader.__defaults__", (1 << 20,))
-    monkeypatch.setattr("qwen3vl_jax.benchmark.machine.multiplier.__defaults__", ((32, 32, 32),))
-
-
-def shapes(config_file: Path) -> dict[str, tuple[int, ...]]:
-    network = abstract_network(load_config(config_file), dtype=np.dtype("float32"), vocab_blocks=1)
-    return {path: array.shape for path, array in named_arrays(network).items()}
+    monkeypatch.setattr(machine.reader, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(machine.multiplier, "__defaults__", ((32, 32, 32),))
 
 
 def test_the_report_is_complete_and_its_numbers_agree(
@@ -146,7 +140,7 @@ def test_the_written_checkpoint_holds_the_weights(
     config = work.shrunk(load_config(config_file), 2)
     model = Qwen3VL.random(config, dtype=dtype)
     values = checkpoint.shrunk_values(json.loads(config_file.read_text()), config, dtype)
-    checkpoint.write(tmp_path, values, model.parameters)
+    checkpoint.write(tmp_path, values, config, model.parameters)
     read = Qwen3VL.from_pretrained(tmp_path)
     assert read.config.text == config.text
     assert read.config.vision == config.vision
@@ -163,7 +157,7 @@ def test_decoding_with_the_2b_model_reads_its_layers_its_head_and_the_cache() ->
     attention = 2 * 2048 * 2048 + 2 * 1024 * 2048 + 2 * 128
     layer = attention + 3 * 6144 * 2048 + 2 * 2048
     cache = 2 * 28 * 8 * 128 * (710 + 8)
-    found = work.costs(task, shapes(file))
+    found = work.costs(task)
     assert found["decode"].read_bytes == 2 * (28 * layer + 151936 * 2048 + cache)
     products = 2 * (28 * layer + 151936 * 2048) + 4 * 2048 * 28 * (710 + 8)
     assert found["decode"].flops == products
@@ -178,13 +172,13 @@ def test_vision_counts_patches_in_blocks_and_tokens_in_mergers() -> None:
     block = 4 * 1024 * 1024 + 2 * 1024 * 4096
     merger = 4096 * 4096 + 4096 * 2048
     flops = 2 * 784 * (1536 * 1024 + 24 * block) + 2 * 196 * 4 * merger + 4 * 784**2 * 1024 * 24
-    assert work.costs(task, shapes(file))["vision"].flops == flops
+    assert work.costs(task)["vision"].flops == flops
 
 
 def test_a_sparse_model_reads_only_the_chosen_experts() -> None:
     file = OFFICIAL / "qwen3-vl-30b-a3b-instruct.json"
     task = work.Workload(load_config(file), "bfloat16", 64, 0, 0, 1)
-    found = work.costs(task, shapes(file))
+    found = work.costs(task)
     attention = 2 * 4096 * 2048 + 2 * 512 * 2048 + 2 * 128
     layer = attention + 128 * 2048 + 2 * 2048
     expert = 3 * 768 * 2048

@@ -16,8 +16,9 @@ import pytest
 import tiny
 from converting import SCRIPT, convert, environment, files, nothing_left
 
+from qwen3vl_jax.checkpoints.opening import open_checkpoint
 from qwen3vl_jax.config import load_config
-from qwen3vl_jax.weights import open_checkpoint, table
+from qwen3vl_jax.weights import table
 
 
 def same_weights(first: Path, second: Path) -> bool:

@@ -15,10 +15,10 @@ import checkpoint_factory as factory
 import pytest
 from converting import ROOT, SCRIPT, convert, environment, files, nothing_left
 
+from qwen3vl_jax.checkpoints.conversion import fingerprint
+from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
 from qwen3vl_jax.config import load_config
-from qwen3vl_jax.conversion import fingerprint
 from qwen3vl_jax.weights import table
-from qwen3vl_jax.work_directory import WorkDirectory
 
 SHIM = ROOT / "tests" / "data" / "fault_shim" / "fault_shim.c"
 COMPILER = shutil.which("gcc") or shutil.which("cc")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import ConfigError
-from qwen3vl_jax.sources import read_json_object
+from qwen3vl_jax.processing.sources import read_json_object
 
 MAX_JSON_BYTES = 1 << 20
 LARGEST_PIXELS = 1 << 40

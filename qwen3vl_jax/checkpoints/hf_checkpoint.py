@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.files import aligned_empty
+from qwen3vl_jax.checkpoints.safetensors_file import SafetensorsFile, read_index
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import WeightError
-from qwen3vl_jax.files import aligned_empty
-from qwen3vl_jax.safetensors_file import SafetensorsFile, read_index
 from qwen3vl_jax.weights import Entry, Shapes, hf_shapes
 
 SINGLE_NAME = "model.safetensors"
@@ -53,7 +53,7 @@ class HFCheckpoint:
         return self._home[entry.hf_name].tensors[entry.hf_name].dtype
 
     def read(self, entry: Entry) -> np.ndarray:
-        """One array, as `weights.Checkpoint.read` says."""
+        """One array, as `opening.Checkpoint.read` says."""
         return self.orient(entry, self.read_stored(entry))
 
     def read_stored(self, entry: Entry) -> np.ndarray:

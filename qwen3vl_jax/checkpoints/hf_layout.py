@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3vl_jax.config import Config
-from qwen3vl_jax.files import (
+from qwen3vl_jax.checkpoints.files import (
     DTYPES,
     read_small,
     sha256,
@@ -21,17 +20,24 @@ from qwen3vl_jax.files import (
     sync_directory,
     write_synced,
 )
-from qwen3vl_jax.hf_checkpoint import INDEX_NAME, SINGLE_NAME, HFCheckpoint, expert_layouts
-from qwen3vl_jax.manifest import StoredFile
-from qwen3vl_jax.safetensors_file import (
+from qwen3vl_jax.checkpoints.hf_checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    HFCheckpoint,
+    expert_layouts,
+)
+from qwen3vl_jax.checkpoints.manifest import StoredFile
+from qwen3vl_jax.checkpoints.opening import Checkpoint
+from qwen3vl_jax.checkpoints.safetensors_file import (
     FILE_DTYPES,
     HEADER_BYTES,
     INDEX_BYTES,
     Header,
     parse_header,
 )
-from qwen3vl_jax.store import Store, check_file
-from qwen3vl_jax.weights import Checkpoint, arrays, hf_shapes
+from qwen3vl_jax.checkpoints.store import Store, check_file
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.weights import arrays, hf_shapes
 
 SOURCE_NAME = "source"
 HEADER_SUFFIX = ".header"

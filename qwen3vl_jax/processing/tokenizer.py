@@ -11,8 +11,8 @@ import numpy as np
 import tokenizers
 
 from qwen3vl_jax.errors import MediaError, PromptError, UsageError
-from qwen3vl_jax.media_config import MAX_JSON_BYTES
-from qwen3vl_jax.sources import read_file, read_json_object
+from qwen3vl_jax.processing.media_config import MAX_JSON_BYTES
+from qwen3vl_jax.processing.sources import read_file, read_json_object
 
 MAX_TOKENIZER_BYTES = 64 << 20
 MODEL_MAX_LENGTH = 262_144

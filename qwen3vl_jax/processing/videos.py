@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from qwen3vl_jax.conversations import VideoPart
 from qwen3vl_jax.errors import MediaError, UsageError
-from qwen3vl_jax.images import MAX_ASPECT_RATIO, check_pixels, load_image, resized_pixels
-from qwen3vl_jax.media_config import Limits, VideoSettings
-from qwen3vl_jax.sources import (
+from qwen3vl_jax.processing.conversations import VideoPart
+from qwen3vl_jax.processing.images import MAX_ASPECT_RATIO, check_pixels, load_image, resized_pixels
+from qwen3vl_jax.processing.media_config import Limits, VideoSettings
+from qwen3vl_jax.processing.sources import (
     checked_bytes,
     describe,
     local_path,

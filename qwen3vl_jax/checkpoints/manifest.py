@@ -16,12 +16,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qwen3vl_jax.checkpoints.files import DTYPES, sha256
+from qwen3vl_jax.checkpoints.safetensors_file import strict_json
 from qwen3vl_jax.errors import WeightError
-from qwen3vl_jax.files import DTYPES, sha256
-from qwen3vl_jax.safetensors_file import strict_json
 
 FORMAT = "qwen3vl-store"
 VERSION = 1
+MANIFEST_NAME = "manifest.json"
 ZARR_NAME = "zarr.json"
 CHUNK_BYTES = 4 * 2**20
 MANIFEST_BYTES = 512 * 2**20

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from qwen3vl_jax.errors import PromptError
-from qwen3vl_jax.tokenizer import Tokenizer
+from qwen3vl_jax.processing.tokenizer import Tokenizer
 
 VIDEO_PROMPTS = ("legacy", "hf>=5.10")
 IMAGE = "<|image_pad|>"

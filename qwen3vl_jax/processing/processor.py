@@ -8,17 +8,17 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from qwen3vl_jax.conversations import Conversation, ImagePart, parse_batch
 from qwen3vl_jax.errors import ConfigError, PromptError, UsageError
-from qwen3vl_jax.images import grid_of, patches_of, prepare_image
-from qwen3vl_jax.media_config import (
+from qwen3vl_jax.processing.conversations import Conversation, ImagePart, parse_batch
+from qwen3vl_jax.processing.images import grid_of, patches_of, prepare_image
+from qwen3vl_jax.processing.media_config import (
     Limits,
     PixelSettings,
     VideoSettings,
     load_image_settings,
     load_video_settings,
 )
-from qwen3vl_jax.prompts import (
+from qwen3vl_jax.processing.prompts import (
     IMAGE,
     VIDEO,
     VIDEO_PROMPTS,
@@ -33,9 +33,9 @@ from qwen3vl_jax.prompts import (
     with_media_tokens,
     with_videos,
 )
-from qwen3vl_jax.templates import ChatTemplate, load_template, render
-from qwen3vl_jax.tokenizer import Tokenizer
-from qwen3vl_jax.videos import Clip, load_video
+from qwen3vl_jax.processing.templates import ChatTemplate, load_template, render
+from qwen3vl_jax.processing.tokenizer import Tokenizer
+from qwen3vl_jax.processing.videos import Clip, load_video
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from qwen3vl_jax.errors import Qwen3VLError, StorageError, WeightError
-from qwen3vl_jax.files import (
+from qwen3vl_jax.checkpoints.files import (
     DTYPES,
     advice,
     aligned_empty,
@@ -32,7 +31,7 @@ from qwen3vl_jax.files import (
     sync_directory,
     sync_file,
 )
-from qwen3vl_jax.manifest import (
+from qwen3vl_jax.checkpoints.manifest import (
     ZARR_NAME,
     StoredArray,
     chunk_files,
@@ -40,6 +39,7 @@ from qwen3vl_jax.manifest import (
     zarr_json,
     zarr_metadata,
 )
+from qwen3vl_jax.errors import Qwen3VLError, StorageError, WeightError
 
 CHUNKS_IN_FLIGHT = 8
 FSYNCS_IN_FLIGHT = 16

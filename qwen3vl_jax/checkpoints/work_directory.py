@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.checkpoints.files import storage_errors, sync_directory
 from qwen3vl_jax.errors import StorageError, UsageError
-from qwen3vl_jax.files import storage_errors, sync_directory
 
 JOURNAL_NAME = "journal.jsonl"
 CONTENT_NAME = "content"

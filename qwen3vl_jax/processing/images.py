@@ -17,8 +17,14 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 
 from qwen3vl_jax.errors import MediaError
-from qwen3vl_jax.media_config import RGB, Limits, PixelSettings
-from qwen3vl_jax.sources import checked_bytes, describe, local_path, read_data_url, read_file
+from qwen3vl_jax.processing.media_config import RGB, Limits, PixelSettings
+from qwen3vl_jax.processing.sources import (
+    checked_bytes,
+    describe,
+    local_path,
+    read_data_url,
+    read_file,
+)
 
 MAX_ASPECT_RATIO = 200
 # First bytes of the formats that we open. Pillow has 40 more; the rare ones carry its CVEs.

@@ -12,9 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from qwen3vl_jax.config import Config, load_config
-from qwen3vl_jax.errors import StorageError, UsageError, WeightError
-from qwen3vl_jax.files import (
+from qwen3vl_jax.checkpoints.files import (
     DTYPES,
     PIECE_BYTES,
     aligned_empty,
@@ -25,20 +23,24 @@ from qwen3vl_jax.files import (
     storage_errors,
     write_synced,
 )
-from qwen3vl_jax.hf_checkpoint import INDEX_NAME, HFCheckpoint
-from qwen3vl_jax.hf_layout import keep_layout
-from qwen3vl_jax.manifest import Manifest, Source, StoredArray, StoredFile, chunk_files, encode
-from qwen3vl_jax.store import ARRAYS_NAME
-from qwen3vl_jax.weights import (
+from qwen3vl_jax.checkpoints.hf_checkpoint import INDEX_NAME, HFCheckpoint
+from qwen3vl_jax.checkpoints.hf_layout import keep_layout
+from qwen3vl_jax.checkpoints.manifest import (
     MANIFEST_NAME,
-    Checkpoint,
-    Entry,
-    arrays,
-    kind_of,
-    open_checkpoint,
+    Manifest,
+    Source,
+    StoredArray,
+    StoredFile,
+    chunk_files,
+    encode,
 )
-from qwen3vl_jax.work_directory import WorkDirectory
-from qwen3vl_jax.zarr_array import check_array_files, sync_arrays, write_array
+from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
+from qwen3vl_jax.checkpoints.store import ARRAYS_NAME
+from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
+from qwen3vl_jax.checkpoints.zarr_array import check_array_files, sync_arrays, write_array
+from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.errors import StorageError, UsageError, WeightError
+from qwen3vl_jax.weights import Entry, arrays
 
 # One round of fsync is for so much; a kill loses at most this.
 BATCH_BYTES = 64 * 2**20

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.conversion import Progress, cast
+from qwen3vl_jax.checkpoints.files import bytes_of, sha256
+from qwen3vl_jax.checkpoints.manifest import ZARR_NAME, chunk_files
+from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
+from qwen3vl_jax.checkpoints.store import ARRAYS_NAME, Store, check_file
+from qwen3vl_jax.checkpoints.zarr_array import verify_array
 from qwen3vl_jax.config import Config, load_config
-from qwen3vl_jax.conversion import Progress, cast
 from qwen3vl_jax.errors import UsageError, WeightError
-from qwen3vl_jax.files import bytes_of, sha256
-from qwen3vl_jax.manifest import ZARR_NAME, chunk_files
-from qwen3vl_jax.store import ARRAYS_NAME, Store, check_file
-from qwen3vl_jax.weights import Checkpoint, Entry, arrays, kind_of, open_checkpoint
-from qwen3vl_jax.zarr_array import verify_array
+from qwen3vl_jax.weights import Entry, arrays
 
 
 def verify(source: Path, destination: Path, *, progress: Progress) -> None:

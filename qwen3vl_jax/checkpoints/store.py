@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.files import DTYPES, read_small, sha256
+from qwen3vl_jax.checkpoints.manifest import MANIFEST_BYTES, MANIFEST_NAME, Manifest, decode
+from qwen3vl_jax.checkpoints.zarr_array import read_rows
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import WeightError
-from qwen3vl_jax.files import DTYPES, read_small, sha256
-from qwen3vl_jax.manifest import MANIFEST_BYTES, Manifest, decode
-from qwen3vl_jax.weights import MANIFEST_NAME, Entry, arrays
-from qwen3vl_jax.zarr_array import read_rows
+from qwen3vl_jax.weights import Entry, arrays
 
 ARRAYS_NAME = "arrays"
 
@@ -48,7 +48,7 @@ class Store:
         return DTYPES[self.manifest.arrays[entry.array].dtype]
 
     def read(self, entry: Entry) -> np.ndarray:
-        """One array, as `weights.Checkpoint.read` says."""
+        """One array, as `opening.Checkpoint.read` says."""
         array = self.manifest.arrays[entry.array]
         first, stop = entry.rows or (0, array.shape[0])
         return read_rows(self.directory / ARRAYS_NAME, entry.array, array, first, stop)

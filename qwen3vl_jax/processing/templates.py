@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_jax.errors import MediaError, PromptError
-from qwen3vl_jax.media_config import MAX_JSON_BYTES
-from qwen3vl_jax.sources import read_file, read_json_object
-from qwen3vl_jax.tokenizer import load_tokenizer_config
+from qwen3vl_jax.processing.media_config import MAX_JSON_BYTES
+from qwen3vl_jax.processing.sources import read_file, read_json_object
+from qwen3vl_jax.processing.tokenizer import load_tokenizer_config
 
 MAX_TEMPLATE_BYTES = 256 << 10
 MAX_RENDERED_CHARACTERS = 16 << 20

@@ -11,16 +11,23 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen3vl_jax.checkpoints.conversion import Progress, copy_side_files, fingerprint, needed_space
+from qwen3vl_jax.checkpoints.files import (
+    bytes_of,
+    pieces,
+    storage_errors,
+    sync_directory,
+    write_synced,
+)
+from qwen3vl_jax.checkpoints.hf_checkpoint import INDEX_NAME, transposed
+from qwen3vl_jax.checkpoints.hf_layout import Layout, layout_of
+from qwen3vl_jax.checkpoints.manifest import StoredFile
+from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
+from qwen3vl_jax.checkpoints.safetensors_file import Header
+from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
 from qwen3vl_jax.config import load_config
-from qwen3vl_jax.conversion import Progress, copy_side_files, fingerprint, needed_space
 from qwen3vl_jax.errors import UsageError, WeightError
-from qwen3vl_jax.files import bytes_of, pieces, storage_errors, sync_directory, write_synced
-from qwen3vl_jax.hf_checkpoint import INDEX_NAME, transposed
-from qwen3vl_jax.hf_layout import Layout, layout_of
-from qwen3vl_jax.manifest import StoredFile
-from qwen3vl_jax.safetensors_file import Header
-from qwen3vl_jax.weights import Checkpoint, Entry, arrays, kind_of, open_checkpoint
-from qwen3vl_jax.work_directory import WorkDirectory
+from qwen3vl_jax.weights import Entry, arrays
 
 
 def to_hf(source: Path, destination: Path, *, progress: Progress) -> None:

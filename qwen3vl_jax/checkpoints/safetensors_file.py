@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.files import DTYPES, aligned_empty, open_regular, read_into, read_small
 from qwen3vl_jax.errors import WeightError
-from qwen3vl_jax.files import DTYPES, aligned_empty, open_regular, read_into, read_small
 
 HEADER_BYTES = 16 * 2**20
 INDEX_BYTES = 64 * 2**20

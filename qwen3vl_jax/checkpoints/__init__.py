@@ -1,0 +1,1 @@
+"""Weights on disk: Hugging Face directories, our store, Orbax, and the ways between them."""
