@@ -6,6 +6,7 @@ Array names are pytree paths, which are the checkpoint's tensor names without th
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ def abstract_network(config: Config, *, dtype: DTypeLike, vocab_blocks: int = 1)
     )
 
 
-def named_arrays(network: Qwen3VLNetwork) -> dict[str, Array]:
-    """Every array under its path, in a fixed order."""
+def named_arrays(network: Qwen3VLNetwork) -> dict[str, Any]:
+    """Every array, or shape of an abstract network, under its path, in a fixed order."""
     flat = nnx.to_flat_state(nnx.state(network, nnx.Param))
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 

@@ -1,7 +1,9 @@
 """Which formulation of a product with an [out, in] weight is fastest here, by rows and dtype.
 
-Prints GB/s of weight bytes, the best of several runs over weights that do not fit the cache, all
-formulations in turn. `qwen3vl_jax.linear.formulation` was chosen from such tables.
+Prints GB/s of weight bytes: the best of several runs over weights that do not fit the cache, all
+formulations in turn. The table in `qwen3vl_jax.linear.formulation` was chosen from such reports.
+
+python scripts/bench_formulations.py --rows 1 4 --dtype bfloat16
 """
 
 import argparse
@@ -10,34 +12,59 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
+
+from qwen3vl_jax import console
+from qwen3vl_jax.errors import UsageError
+
+DTYPES = ("bfloat16", "float16", "float32")
+WEIGHTS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; the last line is one JSON object."""
-    args = parse(argv)
-    results = [
-        measure(dtype, rows, args) for dtype, rows in itertools.product(args.dtype, args.rows)
-    ]
-    print(json.dumps({"out": args.out, "in": args.inputs, "GB_per_s": results}))
+    try:
+        options = _parser().parse_args(argv)
+    except UsageError as error:
+        return console.failed(error, debug=False)
+    except SystemExit as left:  # --help and --version
+        return int(left.code or 0)
+    return console.run(lambda guard: report(options), debug=options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qwen3vl_jax import __version__
+
+    parser = console.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=int, default=6144, help="rows of the weight (default %(default)s)")
+    add("--in", type=int, default=2048, dest="inputs", help="default %(default)s")
+    add("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])
+    add("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    add("--repeats", type=int, default=8, help="runs over every weight (default %(default)s)")
+    add("--debug", action="store_true", help="show a traceback on errors")
+    add("--version", action="version", version=f"%(prog)s (qwen3vl-jax) {__version__}")
+    return parser
+
+
+def report(options: argparse.Namespace) -> int:
+    """One line for every dtype and number of rows."""
+    from qwen3vl_jax import kernels
+
+    cases = []
+    for dtype, rows in itertools.product(options.dtype, options.rows):
+        case = measure(dtype, rows, options)
+        speeds = "  ".join(f"{name} {speed:6.2f}" for name, speed in case["GB_per_s"].items())
+        print(f"{dtype:9s}{rows:4d} rows  chosen: {case['chosen']:9s} GB/s: {speeds}", flush=True)
+        cases.append(case)
+    shape = [options.out, options.inputs]
+    print(json.dumps({"shape": shape, "kernels": kernels.status().reason, "cases": cases}))
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=int, default=6144, help="rows of the weight (default 6144)")
-    parser.add_argument("--in", type=int, default=2048, dest="inputs", help="default 2048")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        default=["bfloat16", "float16", "float32"],
-        choices=["bfloat16", "float16", "float32"],
-    )
-    parser.add_argument("--repeats", type=int, default=8, help="runs over every weight (default 8)")
-    return parser.parse_args(argv)
-
-
-def measure(dtype: str, rows: int, args: argparse.Namespace) -> dict[str, object]:
+def measure(dtype: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Best GB/s of every formulation, and which one `linear` takes."""
     import jax
     import jax.numpy as jnp
@@ -45,32 +72,28 @@ def measure(dtype: str, rows: int, args: argparse.Namespace) -> dict[str, object
     from qwen3vl_jax import kernels
     from qwen3vl_jax.linear import FORMULATIONS, formulation
 
-    key = jax.random.key(0)
-    weights = [
-        jax.random.normal(jax.random.fold_in(key, i), (args.out, args.inputs), jnp.float32).astype(
-            dtype
-        )
-        for i in range(4)
-    ]
-    x = jax.random.normal(key, (rows, args.inputs), jnp.float32).astype(dtype)
-    kernel = kernels.status().active
+    keys = jax.random.split(jax.random.key(0), WEIGHTS + 1)
+    shape = (options.out, options.inputs)
+    weights = [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys[1:]]
+    x = jax.random.normal(keys[0], (rows, options.inputs), jnp.float32).astype(dtype)
     steps = {
         name: jax.jit(product).lower(x, weights[0]).compile()
         for name, product in FORMULATIONS.items()
-        if kernel or name != "kernel"
+        if kernels.usable() or name != "kernel"
     }
     best = dict.fromkeys(steps, float("inf"))
-    for _, (name, step), weight in itertools.product(range(args.repeats), steps.items(), weights):
+    for _, (name, step), weight in itertools.product(
+        range(options.repeats), steps.items(), weights
+    ):
         start = time.perf_counter()
         step(x, weight).block_until_ready()
         best[name] = min(best[name], time.perf_counter() - start)
-    speeds = {name: round(weights[0].nbytes / seconds / 1e9, 2) for name, seconds in best.items()}
-    chosen = formulation(rows, x.dtype, kernel=kernel)
-    print(
-        f"{dtype:9s} {rows:4d} rows  linear: {chosen:9s}",
-        *(f"{n} {s:6.2f}" for n, s in speeds.items()),
-    )
-    return {"dtype": dtype, "rows": rows, "chosen": chosen, **speeds}
+    return {
+        "dtype": dtype,
+        "rows": rows,
+        "chosen": formulation(rows, dtype, kernel=kernels.usable()),
+        "GB_per_s": {name: weights[0].nbytes / taken / 1e9 for name, taken in best.items()},
+    }
 
 
 if __name__ == "__main__":

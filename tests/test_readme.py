@@ -79,6 +79,15 @@ def test_links_lead_to_files_that_exist(path: Path) -> None:
     assert [target for target in local if not (path.parent / target).exists()] == []
 
 
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    package = ROOT / "qwen3vl_jax"
+    places = [package, package / "processing", package / "checkpoints"]
+    modules = {path.stem for place in places for path in place.glob("*.py")} - {"__init__"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert [name for name in sorted(modules | folders) if f"`{name}`" not in text] == []
+
+
 def tracked_text() -> Iterator[tuple[str, str]]:
     """Every text file that a clone holds."""
     listed = subprocess.run(

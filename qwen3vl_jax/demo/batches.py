@@ -16,6 +16,7 @@ from qwen3vl_jax.demo import questions
 from qwen3vl_jax.demo.questions import Question
 from qwen3vl_jax.demo.render import SIDE_PX, letter_columns, render
 from qwen3vl_jax.demo.scenes import Scene, SceneRange, sample_scene
+from qwen3vl_jax.demo.tokenizer import added_ids
 
 IGNORED = -100
 PATCH_PX = 16
@@ -64,9 +65,9 @@ class ChatTokens:
         self.encode = functools.lru_cache(maxsize=200_000)(
             lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
         )
-        self.image_pad: int = tokenizer.token_to_id("<|image_pad|>")
-        self.pad: int = tokenizer.token_to_id("<|endoftext|>")
-        self.end: int = tokenizer.token_to_id("<|im_end|>")
+        ids = added_ids(tokenizer_directory)
+        self.image_pad, self.pad = ids["<|image_pad|>"], ids["<|endoftext|>"]
+        self.end = ids["<|im_end|>"]
 
     def opening(self, pictures: int) -> tuple[int, ...]:
         """The first user turn up to its question: the pictures."""

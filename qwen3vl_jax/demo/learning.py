@@ -119,7 +119,7 @@ def answer_loss(
         name: _mean_where(right, counted & (turns.kinds[:, 1:] == index))
         for index, name in enumerate(KINDS)
     }
-    return cross_entropy(logits, turns.labels), metrics
+    return cross_entropy(logits, jnp.asarray(turns.labels)), metrics
 
 
 def naming_loss(

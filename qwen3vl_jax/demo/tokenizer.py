@@ -84,7 +84,7 @@ def write_tokenizer(directory: Path) -> None:
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED])
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = _settings({token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)})
+    settings = _settings(added_ids(directory))
     (directory / "tokenizer_config.json").write_text(
         json.dumps(settings, indent=1) + "\n", encoding="utf-8"
     )
@@ -97,7 +97,8 @@ def added_ids(directory: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return {token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
+    vocabulary = tokenizer.get_vocab()
+    return {token: vocabulary[token] for token in (*SPECIAL, *ADDED)}
 
 
 def _settings(ids: dict[str, int]) -> dict[str, object]:

@@ -229,7 +229,7 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     ),
     "exists": (
         "Do you find {a} here?",
-        "Can you see {a} in {p}?",
+        "Can I see {a} in {p}?",
         "Tell me if you see {a}.",
         "Is {a} drawn in {p}?",
         "Please tell me if there is {a} in {p}.",
@@ -267,7 +267,7 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     ),
     "describe": (
         "Please tell me what is in {p}.",
-        "What can you see in {p}?",
+        "Name what you see in {p}.",
         "Say what {p} shows.",
         "Can you describe what you see?",
     ),

@@ -68,7 +68,9 @@ def few_rows_product(
     Only where `status()` is active; `instruction_set` is one of those, by default the best.
     """
     result = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(_target("linear", instruction_set), result)(rows, weight)
+    return jax.ffi.ffi_call(_target("linear", instruction_set), result, vmap_method="sequential")(
+        rows, weight
+    )
 
 
 def one_token_attention(
@@ -85,7 +87,7 @@ def one_token_attention(
     Only where `status()` is active.
     """
     result = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
-    call = jax.ffi.ffi_call(_target("attention", instruction_set), result)
+    call = jax.ffi.ffi_call(_target("attention", instruction_set), result, vmap_method="sequential")
     return call(queries, keys, values, seen)
 
 

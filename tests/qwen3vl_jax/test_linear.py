@@ -153,6 +153,13 @@ def test_linear_runs_inside_a_loop_on_a_chosen_weight(dtype: str) -> None:
     np.testing.assert_allclose(wide(looped), wide(expected), atol=4 * ROUNDING[dtype])
 
 
+def test_linear_can_be_mapped_over_weights() -> None:
+    x, weights = draw((2, 24), "bfloat16", 1), draw((3, 9, 24), "bfloat16", 2)
+    mapped = jax.jit(jax.vmap(linear, in_axes=(None, 0)))(x, weights)
+    for result, weight in zip(mapped, weights, strict=True):
+        assert_product(result, x, weight, ROUNDING["bfloat16"])
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_a_row_does_not_depend_on_the_rows_beside_it(
     dtype: str, instruction_sets: tuple[str, ...]
@@ -329,6 +336,7 @@ def test_a_library_is_built_once_in_a_private_directory(
 def test_without_a_working_compiler_there_is_a_reason_and_no_kernel(
     compiler: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("QWEN3VL_JAX_KERNELS", raising=False)
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = kernels.status.__wrapped__()

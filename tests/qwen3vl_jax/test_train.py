@@ -105,16 +105,18 @@ def run(directory: Path) -> train.Parameters:
 def test_the_loss_is_the_mean_surprise_of_the_labelled_tokens() -> None:
     # Position 0 predicts token 1 (not counted), position 1 predicts token 2.
     odds = jnp.log(
-        jnp.array([[[1, 1, 1], [1, 2, 5], [9, 9, 1]], [[1, 3, 4], [1, 1, 2], [7, 1, 1]]], np.float32)
+        jnp.array(
+            [[[1, 1, 1], [1, 2, 5], [9, 9, 1]], [[1, 3, 4], [1, 1, 2], [7, 1, 1]]], np.float32
+        )
     )
-    labels = np.array([[2, train.IGNORED, 1], [0, 0, train.IGNORED]], np.int32)
+    labels = jnp.array([[2, train.IGNORED, 1], [0, 0, train.IGNORED]], jnp.int32)
     wanted = (-np.log(2 / 8) - np.log(1 / 8)) / 2
     assert float(train.cross_entropy(odds, labels)) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_without_any_label_the_loss_is_zero() -> None:
-    labels = np.full((1, 3), train.IGNORED, np.int32)
-    assert float(train.cross_entropy(np.ones((1, 3, 4), np.float32), labels)) == 0.0
+    labels = jnp.full((1, 3), train.IGNORED, jnp.int32)
+    assert float(train.cross_entropy(jnp.ones((1, 3, 4), jnp.float32), labels)) == 0.0
 
 
 def test_weights_learn_to_tell_bright_from_dark_pictures(tmp_path: Path) -> None:

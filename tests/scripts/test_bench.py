@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,21 @@ MOE = ROOT / "tests" / "data" / "tiny" / "moe" / "config.json"
 SHORT = ("--image", "64x32", "--prompt-tokens", "9", "--new-tokens", "3", "--repeats", "1")
 
 
-@pytest.fixture(scope="module")
-def bench() -> types.ModuleType:
-    """scripts/bench.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts" / "bench.py")
+def script(name: str) -> types.ModuleType:
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> types.ModuleType:
+    """scripts/bench.py."""
+    return script("bench")
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +209,15 @@ def test_inputs_are_what_the_model_takes() -> None:
     assert arrays["image_grid_thw"].tolist() == [[1, 4, 6]]
     again: dict[str, Any] = work.inputs(task, seed=3)
     jax.tree.map(np.testing.assert_array_equal, arrays, again)
+
+
+def test_the_formulations_report_names_the_chosen_one(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--out", "40", "--in", "24", "--rows", "1", "70", "--repeats", "1"]
+    assert script("bench_formulations").main([*arguments, "--dtype", "float16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cases = json.loads(lines[-1])["cases"]
+    assert [(case["dtype"], case["rows"]) for case in cases] == [("float16", 1), ("float16", 70)]
+    for case, line in zip(cases, lines, strict=False):
+        assert f"chosen: {case['chosen']}" in line
+        assert all(speed > 0 for speed in case["GB_per_s"].values())
+    assert cases[1]["chosen"] == "blocks"
