@@ -220,7 +220,7 @@ def _vision(section: Section) -> VisionConfig:
         rope = section.section("rope_parameters")
         rope.refuse_unknown(frozenset(("rope_theta", "rope_type")))
         rope.exactly("rope_type", "axial")
-        theta = rope.number("rope_theta", theta, 1.0, 1e12)
+        theta = rope.number("rope_theta", theta, 1.001, 1e12)
     depth = section.integer("depth", 27, 1, 1024)
     return VisionConfig(
         depth=depth,
@@ -296,7 +296,7 @@ def _rope(text: Section, max_position: int) -> RopeConfig:
     if len(section) != 3:
         raise rope.fail("mrope_section", "must hold three numbers: time, height, width")
     # The class default of transformers 5 is 5e5; every released file gives 5e6 explicitly.
-    plain = RopeConfig(rope.number("rope_theta", 500000.0, 1.0, 1e12), section)
+    plain = RopeConfig(rope.number("rope_theta", 500000.0, 1.001, 1e12), section)
     if kind == "default":
         return plain
     given = rope.values.get("attention_factor")

@@ -12,7 +12,7 @@ import numpy as np
 from qwen3vl_jax.demo import wordings
 from qwen3vl_jax.demo.scenes import CELLS, COLOURS, SHAPES, Item, Scene
 
-KINDS = tuple(wordings.SEEN)
+KINDS = (*(kind for kind in wordings.SEEN if ":" not in kind), "several")
 ORDINALS = ("first", "second")
 _NOUNS = ("object", "thing", "shape", "figure")
 _PLURALS = {"cross": "crosses"}
@@ -31,11 +31,15 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """What can be asked: a kind, the words for the slots of its template, and the answer."""
+    """What can be asked: a kind, the words for the slots of its template, and the answer.
+
+    `wording` is the key of its templates, where that is not the kind.
+    """
 
     kind: str
     slots: dict[str, str]
     answer: str
+    wording: str = ""
 
 
 def ask(
@@ -62,7 +66,9 @@ def ask(
 def _worded(
     rng: np.random.Generator, fact: Fact, picture: int, pictures: int, held_out: bool
 ) -> str:
-    template = _pick(rng, (wordings.HELD_OUT if held_out else wordings.SEEN)[fact.kind])
+    template = _pick(
+        rng, (wordings.HELD_OUT if held_out else wordings.SEEN)[fact.wording or fact.kind]
+    )
     named = wordings.ONE_PICTURE if pictures == 1 else wordings.PICTURES_OF_TWO[max(picture, 0)]
     place = _pick(rng, named)
     must_name = pictures > 1 and picture >= 0 and "{p}" not in template
@@ -265,6 +271,36 @@ def _describe(_: np.random.Generator, scene: Scene) -> Fact | None:
     return Fact("describe", {}, description(scene))
 
 
+_MOST_AT_ONCE = 4
+_ASKED_OF_SEVERAL: dict[str, tuple[tuple[str, ...], Callable[[Item], str]]] = {
+    "colour": (("shape", "shape", "place"), lambda item: item.colour),
+    "shape": (("colour", "colour", "place"), lambda item: item.shape),
+    "size": (("colour", "shape", "both", "place"), lambda item: item.size),
+    "position": (("colour", "shape", "both"), lambda item: CELLS[item.cell]),
+}
+
+
+def _several(rng: np.random.Generator, scene: Scene) -> Fact | None:
+    """One property of two to four things, in the order in which they are named."""
+    asked = _pick(rng, (*_ASKED_OF_SEVERAL, "exists"))
+    if asked == "exists":
+        facts = [fact for _ in range(_MOST_AT_ONCE) if (fact := _exists(rng, scene)) is not None]
+        pairs = list({fact.slots["a"]: fact.answer for fact in facts}.items())
+    else:
+        forms, answer = _ASKED_OF_SEVERAL[asked]
+        named = [(item, _names(rng, scene, item, forms)) for item in scene.items]
+        pairs = [(_pick(rng, names), answer(item)) for item, names in named if names]
+    if len(pairs) < 2:
+        return None
+    count = int(rng.integers(2, min(len(pairs), _MOST_AT_ONCE) + 1))
+    chosen = [pairs[int(index)] for index in rng.permutation(len(pairs))[:count]]
+    names = [name for name, _ in chosen]
+    words = f"{', '.join(names[:-1])} and {names[-1]}"
+    return Fact(
+        "several", {"l": words}, ", ".join(reply for _, reply in chosen), f"several: {asked}"
+    )
+
+
 _FACTS: dict[str, Callable[[np.random.Generator, Scene], Fact | None]] = {
     "colour": _colour,
     "shape": _about_one("shape", ("colour", "colour", "place"), lambda item: item.shape),
@@ -277,4 +313,5 @@ _FACTS: dict[str, Callable[[np.random.Generator, Scene], Fact | None]] = {
     "number": _printed("number", ("number",)),
     "text": _printed("text", ("word", "number")),
     "describe": _describe,
+    "several": _several,
 }

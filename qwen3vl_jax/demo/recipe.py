@@ -14,10 +14,10 @@ ONE = Layout("one", rows=32, pictures=1, tokens=112, turns=4)
 TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
 NAMING_STEPS = 2400
 SETTINGS = Settings(
-    steps=6000,
+    steps=7900,
     peak_learning_rate=1.5e-3,
     warmup_steps=40,
-    decay_steps=1300,
+    decay_steps=4000,
     save_every_steps=100,
     log_every_steps=20,
 )
@@ -97,15 +97,18 @@ class Stage:
 _ABOUT_ITEMS = {"colour": 1.0, "shape": 1.2, "size": 0.8, "position": 1.0, "object": 1.0}
 _ONE = _ABOUT_ITEMS | {"count": 1.6, "exists": 1.2, "word": 1.0, "number": 1.2, "text": 0.8}
 _BOTH = _ONE | {"which": 3.0}
+_MORE = _BOTH | {"several": 8.0}
 
 
 # First the vision tower alone learns to name what is in each cell. Then descriptions, which say
-# most per token, and at last mostly questions.
+# most per token, then questions; at last also questions about several things at once, which say
+# more per token than single ones.
 CURRICULUM = (
     Stage(NAMING_STEPS, Mixture(SceneRange(0, 5, 0.9), {}, 0.0), (NAMING,)),
     Stage(NAMING_STEPS + 300, Mixture(SceneRange(1, 4, 0.5), _ONE, 1.0), (FULL,)),
     Stage(NAMING_STEPS + 1100, Mixture(SceneRange(1, 6, 0.6), _ONE, 0.5), (FULL, ONE, NAMING)),
-    Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),
+    Stage(4400, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),
+    Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _MORE, 0.3), (ONE, TWO, ONE, NAMING)),
 )
 
 

@@ -3,7 +3,8 @@
 Slots: `{r}` one thing ("the red circle"), `{a}` a thing that may be there ("a red circle"),
 `{n}` things to count ("red circles"), `{w}` a place ("in the top left corner"), `{p}` the picture
 ("the picture", "the second image"). A template without `{p}` gets the picture in front or behind
-when there are two.
+when there are two. `{l}` is a list ("the red circle, the star and the blue ring"); wordings of questions about
+several things at once are listed by what is asked.
 """
 
 SEEN: dict[str, tuple[str, ...]] = {
@@ -189,6 +190,37 @@ SEEN: dict[str, tuple[str, ...]] = {
         "What can you see?",
         "I want to know what is in {p}.",
     ),
+    "several: colour": (
+        "What colour are {l}?",
+        "What color are {l}?",
+        "Name the colour of {l}.",
+        "Which colour do {l} have?",
+        "Tell me the color of {l}.",
+    ),
+    "several: shape": (
+        "What shape are {l}?",
+        "Name the shape of {l}.",
+        "Which shape do {l} have?",
+        "Tell me the shape of {l}.",
+    ),
+    "several: size": (
+        "How big are {l}?",
+        "What size are {l}?",
+        "Are {l} big or small?",
+        "Tell me the size of {l}.",
+    ),
+    "several: position": (
+        "Where are {l}?",
+        "Where do you see {l}?",
+        "Tell me where {l} are.",
+        "In which part of {p} are {l}?",
+    ),
+    "several: exists": (
+        "Is there {l}?",
+        "Do you see {l}?",
+        "Can you see {l}?",
+        "Does {p} show {l}?",
+    ),
 }
 
 HELD_OUT: dict[str, tuple[str, ...]] = {
@@ -271,6 +303,11 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
         "Say what {p} shows.",
         "Can you describe what you see?",
     ),
+    "several: colour": ("In what colour are {l} drawn?", "Please name the color of {l}."),
+    "several: shape": ("What form do {l} have?", "Please name the shape of {l}."),
+    "several: size": ("How large are {l}?", "Please name the size of {l}."),
+    "several: position": ("Where can I find {l}?", "What is the position of {l}?"),
+    "several: exists": ("Can you find {l}?", "Is there {l} here?"),
 }
 
 LEAD_INS = (

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import DATA
 
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.moe import Expert, group_rows, route, run_experts
-from tiny import DATA
 
 EXPERTS = 8
 
