@@ -282,7 +282,7 @@ _ASKED_OF_SEVERAL: dict[str, tuple[tuple[str, ...], Callable[[Item], str]]] = {
 
 def _several(rng: np.random.Generator, scene: Scene) -> Fact | None:
     """One property of two to four things, in the order in which they are named."""
-    asked = _pick(rng, (*_ASKED_OF_SEVERAL, "exists"))
+    asked = _pick(rng, (*_ASKED_OF_SEVERAL, "position", "exists", "exists"))
     if asked == "exists":
         facts = [fact for _ in range(_MOST_AT_ONCE) if (fact := _exists(rng, scene)) is not None]
         pairs = list({fact.slots["a"]: fact.answer for fact in facts}.items())

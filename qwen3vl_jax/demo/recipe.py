@@ -107,7 +107,7 @@ CURRICULUM = (
     Stage(NAMING_STEPS, Mixture(SceneRange(0, 5, 0.9), {}, 0.0), (NAMING,)),
     Stage(NAMING_STEPS + 300, Mixture(SceneRange(1, 4, 0.5), _ONE, 1.0), (FULL,)),
     Stage(NAMING_STEPS + 1100, Mixture(SceneRange(1, 6, 0.6), _ONE, 0.5), (FULL, ONE, NAMING)),
-    Stage(4400, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),
+    Stage(4600, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),
     Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _MORE, 0.3), (ONE, TWO, ONE, NAMING)),
 )
 

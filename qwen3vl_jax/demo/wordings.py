@@ -3,8 +3,8 @@
 Slots: `{r}` one thing ("the red circle"), `{a}` a thing that may be there ("a red circle"),
 `{n}` things to count ("red circles"), `{w}` a place ("in the top left corner"), `{p}` the picture
 ("the picture", "the second image"). A template without `{p}` gets the picture in front or behind
-when there are two. `{l}` is a list ("the red circle, the star and the blue ring"); wordings of questions about
-several things at once are listed by what is asked.
+when there are two. `{l}` is a list ("the red circle, the star and the blue ring"); wordings of
+questions about several things at once are listed by what is asked.
 """
 
 SEEN: dict[str, tuple[str, ...]] = {
