@@ -7,10 +7,11 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from qwen3vl_jax import __version__
 from qwen3vl_jax.errors import BadInputError, Qwen3VLError, StorageError, UsageError
 from qwen3vl_jax.interrupts import EXIT_CODE as INTERRUPTED
 from qwen3vl_jax.interrupts import Guard, guarded
@@ -30,6 +31,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Called by argparse for a wrong command line."""
         raise UsageError(message)
+
+
+def described(description: str) -> Parser:
+    """A parser with what all scripts have: --debug and --version."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    version = f"%(prog)s (qwen3vl-jax) {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    return parser
+
+
+def main(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    work: Callable[[argparse.Namespace, Guard], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """A whole script: reads its command line, does its work, returns the exit code of `run`."""
+    try:
+        options = parse(argv)
+    except UsageError as error:
+        return failed(error, debug=False)
+    except SystemExit as left:  # --help and --version
+        return int(left.code or 0)
+    return run(lambda guard: work(options, guard), debug=options.debug)
 
 
 def run(work: Callable[[Guard], int], *, debug: bool) -> int:

@@ -27,12 +27,13 @@ Loss = Callable[[Parameters, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """How to optimise: linear warm-up, constant rate, linear decay to zero; averaged weights."""
+    """How to optimise. `rates` are corners (step, learning rate) with straight lines between them.
+
+    `average_decay` is that of the average of all weights, which is the result.
+    """
 
     steps: int
-    peak_learning_rate: float
-    warmup_steps: int
-    decay_steps: int
+    rates: tuple[tuple[int, float], ...]
     weight_decay: float = 0.05
     beta_one: float = 0.9
     beta_two: float = 0.98
@@ -84,17 +85,14 @@ def token_accuracy(
     return right.sum().astype(jnp.float32) / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
 
-def learning_rate(settings: Settings) -> Callable[[Any], Any]:
+def learning_rate(settings: Settings) -> Callable[[Any], jax.Array]:
     """The learning rate at each step."""
-    peak, warmup, decay = settings.peak_learning_rate, settings.warmup_steps, settings.decay_steps
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.0, decay),
-        ],
-        [warmup, settings.steps - decay],
-    )
+    steps, rates = (np.array(values, np.float32) for values in zip(*settings.rates, strict=True))
+
+    def rate(step: Any) -> jax.Array:
+        return jnp.interp(jnp.asarray(step, jnp.float32), steps, rates)
+
+    return rate
 
 
 def adamw(settings: Settings) -> optax.GradientTransformation:

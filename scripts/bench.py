@@ -40,21 +40,11 @@ class Loaded:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table; the last line is one JSON object."""
-    try:
-        options = _parser().parse_args(argv)
-    except UsageError as error:
-        return console.failed(error, debug=False)
-    except SystemExit as left:  # --help and --version
-        return int(left.code or 0)
-    return console.run(lambda guard: bench(options), debug=options.debug)
+    return console.main(_parse, lambda options, guard: bench(options), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from qwen3vl_jax import __version__
-
-    parser = console.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.described(__doc__)
     add = parser.add_argument
     add("--size", default="2b", help="2b, 4b, 8b, 30b, ..., or the path of a config.json")
     add(
@@ -70,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--against", choices=("transformers",), help="run it too, in turn, on the same weights")
     add("--scratch", type=Path, help="keep the weights here as a checkpoint, and time loading it")
     add("--seed", type=int, default=0)
-    add("--debug", action="store_true", help="show a traceback on errors")
-    add("--version", action="version", version=f"%(prog)s (qwen3vl-jax) {__version__}")
-    return parser
+    return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen3vl_jax import console
-from qwen3vl_jax.errors import UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS = 4
@@ -23,30 +22,18 @@ WEIGHTS = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; the last line is one JSON object."""
-    try:
-        options = _parser().parse_args(argv)
-    except UsageError as error:
-        return console.failed(error, debug=False)
-    except SystemExit as left:  # --help and --version
-        return int(left.code or 0)
-    return console.run(lambda guard: report(options), debug=options.debug)
+    return console.main(_parse, lambda options, guard: report(options), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from qwen3vl_jax import __version__
-
-    parser = console.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.described(__doc__)
     add = parser.add_argument
     add("--out", type=int, default=6144, help="rows of the weight (default %(default)s)")
     add("--in", type=int, default=2048, dest="inputs", help="default %(default)s")
     add("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])
     add("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     add("--repeats", type=int, default=8, help="runs over every weight (default %(default)s)")
-    add("--debug", action="store_true", help="show a traceback on errors")
-    add("--version", action="version", version=f"%(prog)s (qwen3vl-jax) {__version__}")
-    return parser
+    return parser.parse_args(argv)
 
 
 def report(options: argparse.Namespace) -> int:

@@ -8,39 +8,31 @@ python scripts/convert.py SRC DST --verify       convert unless DST exists, then
 """
 
 import argparse
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from qwen3vl_jax import console
+from qwen3vl_jax.interrupts import EXIT_CODE as INTERRUPTED
+from qwen3vl_jax.interrupts import Guard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion. Returns 0, 2 wrong usage, 4 bad input, 5 input/output, 130 Ctrl-C."""
-    arguments = _parse(argv)
-    from qwen3vl_jax.errors import Qwen3VLError
+    return console.main(_parse, _work, argv)
 
+
+def _work(arguments: argparse.Namespace, _: Guard) -> int:
     try:
         print(_run(arguments))
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        print("run the same command again to continue", file=sys.stderr)
-        return 130
-    except (Qwen3VLError, OSError) as error:
-        if arguments.debug:
-            traceback.print_exc()
-        cause, _, advice = str(error).rpartition("; ")
-        print(f"error: {cause or advice}", file=sys.stderr)
-        print(advice if cause else "run it again with --debug to see where", file=sys.stderr)
-        return error.exit_code if isinstance(error, Qwen3VLError) else 5
+        console.say("error: interrupted")
+        console.say("run the same command again to continue")
+        return INTERRUPTED
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from qwen3vl_jax import __version__
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.described(__doc__)
     parser.add_argument("source", metavar="SRC", type=Path, help="directory to read")
     parser.add_argument("destination", metavar="DST", type=Path, nargs="?", help="new directory")
     target = parser.add_mutually_exclusive_group()
@@ -52,8 +44,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="dtype of the arrays in the new store (default: keep)",
     )
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
-    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)
     exports = arguments.to_hf or arguments.to_orbax
     if arguments.destination is None and (exports or arguments.dtype or not arguments.verify):
@@ -109,15 +99,15 @@ class _ProgressBar:
             TransferSpeedColumn,
         )
 
-        console = Console(stderr=True)
+        terminal = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=terminal,
+            disable=not terminal.is_terminal,
         )
 
     def stage(self, name: str, total_bytes: int) -> None:

@@ -42,26 +42,18 @@ class Loaded:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer one question, or many with --interactive. Returns an exit code of `console.run`."""
-    try:
-        options = _parser().parse_args(argv)
-        _check(options)
-    except UsageError as error:
-        return console.failed(error, debug=False)
-    except SystemExit as left:  # --help and --version
-        return int(left.code or 0)
-    work = _converse if options.interactive else _answer_once
-    return console.run(lambda guard: work(options, guard), debug=options.debug)
+    return console.main(_parse, _work, argv)
+
+
+def _work(options: argparse.Namespace, guard: Guard) -> int:
+    return (_converse if options.interactive else _answer_once)(options, guard)
 
 
 # ---- the command line ----
 
 
-def _parser() -> argparse.ArgumentParser:
-    from qwen3vl_jax import __version__
-
-    parser = console.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.described(__doc__)
     add = parser.add_argument
     add(
         "--model",
@@ -76,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--interactive", action="store_true", help=f"chat: {COMMANDS}; Ctrl-C stops an answer")
     add("--json", action="store_true", help="write one JSON object to stdout, not the text")
     add("-q", "--quiet", action="store_true", help="no statistics and no progress on stderr")
-    add("--debug", action="store_true", help="show a traceback on errors")
-    add("--version", action="version", version=f"%(prog)s (qwen3vl-jax) {__version__}")
-    return parser
+    options = parser.parse_args(argv)
+    _check(options)
+    return options
 
 
 def _add_question(parser: argparse.ArgumentParser) -> None:

@@ -4,16 +4,15 @@ python scripts/train.py --demo --out RUN                 train; a run that was k
 python scripts/train.py --demo --evaluate [--model DIR]  count right answers to unseen questions
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen3vl_jax.console import Parser, run, say
+from qwen3vl_jax import console
 
 if TYPE_CHECKING:
-    import argparse
-
     from qwen3vl_jax.train import Progress
 
 _EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "checkpoint"
@@ -21,14 +20,11 @@ _EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "checkpoint"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains or evaluates. Returns 0, 2 wrong usage, 4 bad input, 5 I/O, 130 Ctrl-C."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    return run(lambda _: _work(_parse(given)), debug="--debug" in given)
+    return console.main(_parse, lambda options, guard: _work(options), argv)
 
 
-def _parse(argv: Sequence[str]) -> "argparse.Namespace":
-    from qwen3vl_jax import __version__
-
-    parser = Parser(description=__doc__.splitlines()[0])
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.described(__doc__)
     parser.add_argument("--demo", action="store_true", help="the demonstration model (needed)")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="where the run lives (default: demo-run)"
@@ -40,8 +36,6 @@ def _parse(argv: Sequence[str]) -> "argparse.Namespace":
         "--model", metavar="DIR", type=Path, help="what to measure (default: examples)"
     )
     parser.add_argument("--questions", metavar="N", type=int, help="of each kind (default: 100)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)
     if not arguments.demo:
         parser.error("only the demonstration can be trained so far: add --demo")
@@ -54,12 +48,12 @@ def _parse(argv: Sequence[str]) -> "argparse.Namespace":
     return arguments
 
 
-def _work(arguments: "argparse.Namespace") -> int:
+def _work(arguments: argparse.Namespace) -> int:
     if arguments.evaluate:
         from qwen3vl_jax.demo.evaluation import evaluate, table
 
         model = arguments.model or _EXAMPLE
-        print(table(evaluate(model, count=arguments.questions or 100, report=say)))
+        print(table(evaluate(model, count=arguments.questions or 100, report=console.say)))
         return 0
     _train(arguments.out or Path("demo-run"))
     return 0
@@ -74,7 +68,9 @@ def _train(directory: Path) -> None:
     try:
         running.draw_curve(directory / "metrics.jsonl", curve)
     except ImportError:
-        say("no loss curve: matplotlib is missing; pip install matplotlib, then run this again")
+        console.say(
+            "no loss curve: matplotlib is missing; pip install matplotlib, then run this again"
+        )
     else:
         print(f"loss curve: {curve}")
 
@@ -86,7 +82,7 @@ def _show(progress: "Progress") -> None:
     kinds = " ".join(
         f"{name} {value:.2f}" for name, value in progress.metrics.items() if name != "loss"
     )
-    say(
+    console.say(
         f"step {progress.step:,} of {steps:,}, {progress.seconds / 60:.1f} min, "
         f"loss {progress.metrics['loss']:.3f} | {kinds}"
     )

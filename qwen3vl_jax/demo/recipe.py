@@ -14,10 +14,8 @@ ONE = Layout("one", rows=32, pictures=1, tokens=112, turns=4)
 TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
 NAMING_STEPS = 2400
 SETTINGS = Settings(
-    steps=7900,
-    peak_learning_rate=1.5e-3,
-    warmup_steps=40,
-    decay_steps=4000,
+    steps=10400,
+    rates=((0, 0.0), (40, 1.5e-3), (3900, 1.5e-3), (5200, 1.0125e-3), (10400, 0.0)),
     save_every_steps=100,
     log_every_steps=20,
 )
@@ -98,6 +96,15 @@ _ABOUT_ITEMS = {"colour": 1.0, "shape": 1.2, "size": 0.8, "position": 1.0, "obje
 _ONE = _ABOUT_ITEMS | {"count": 1.6, "exists": 1.2, "word": 1.0, "number": 1.2, "text": 0.8}
 _BOTH = _ONE | {"which": 3.0}
 _MORE = _BOTH | {"several": 8.0}
+# What was learnt last in earlier stages is asked most.
+_HARD = _MORE | {
+    "position": 1.6,
+    "size": 0.6,
+    "count": 2.4,
+    "exists": 2.4,
+    "which": 4.0,
+    "several": 6.0,
+}
 
 
 # First the vision tower alone learns to name what is in each cell. Then descriptions, which say
@@ -108,7 +115,8 @@ CURRICULUM = (
     Stage(NAMING_STEPS + 300, Mixture(SceneRange(1, 4, 0.5), _ONE, 1.0), (FULL,)),
     Stage(NAMING_STEPS + 1100, Mixture(SceneRange(1, 6, 0.6), _ONE, 0.5), (FULL, ONE, NAMING)),
     Stage(4600, Mixture(SceneRange(1, 6, 0.6), _BOTH, 0.3), (ONE, TWO, ONE, NAMING)),
-    Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _MORE, 0.3), (ONE, TWO, ONE, NAMING)),
+    Stage(5200, Mixture(SceneRange(1, 6, 0.6), _MORE, 0.3), (ONE, TWO, ONE, NAMING)),
+    Stage(SETTINGS.steps, Mixture(SceneRange(1, 6, 0.6), _HARD, 0.25), (ONE, TWO, ONE, NAMING)),
 )
 
 

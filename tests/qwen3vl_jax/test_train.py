@@ -56,9 +56,7 @@ CONFIG_VALUES = {
 }
 SETTINGS = train.Settings(
     steps=12,
-    peak_learning_rate=0.01,
-    warmup_steps=2,
-    decay_steps=4,
+    rates=((0, 0.0), (2, 0.01), (8, 0.01), (12, 0.0)),
     save_every_steps=4,
     log_every_steps=3,
 )
