@@ -19,6 +19,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from qwen3vl_jax.errors import UsageError
+
 IGNORED = -100
 Parameters = dict[str, jax.Array]
 Batch = Any
@@ -200,14 +202,17 @@ def newest_average(
     """Step and averaged weights of the newest checkpoint of a run; `parameters` give the shapes.
 
     Raises:
-        FileNotFoundError: the run has no checkpoint yet.
+        UsageError: the run has no checkpoint yet.
     """
     import orbax.checkpoint as ocp
 
-    with ocp.CheckpointManager((directory / "checkpoints").absolute()) as manager:
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    if not (directory / "checkpoints").is_dir():
+        raise UsageError(f"{directory}: holds no training checkpoint; train there first")
+    with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as manager:
         newest = manager.latest_step()
         if newest is None:
-            raise FileNotFoundError(f"{directory}: no checkpoint; train first")
+            raise UsageError(f"{directory}: holds no training checkpoint; train there first")
         shapes = jax.tree.map(_shape_of, new_state(parameters, rule))
         state = manager.restore(newest, args=ocp.args.StandardRestore(shapes))
     return newest, state["average"]

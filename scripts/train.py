@@ -1,6 +1,7 @@
 """Train the small demonstration model that examples/checkpoint ships, or measure it.
 
 python scripts/train.py --demo --out RUN                 train; a run that was killed goes on
+python scripts/train.py --demo --out RUN --export        write what is learnt so far
 python scripts/train.py --demo --evaluate [--model DIR]  count right answers to unseen questions
 """
 
@@ -35,12 +36,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", metavar="DIR", type=Path, help="what to measure (default: examples)"
     )
+    parser.add_argument(
+        "--export", action="store_true", help="write the weights of an unfinished run"
+    )
     parser.add_argument("--questions", metavar="N", type=int, help="of each kind (default: 100)")
     arguments = parser.parse_args(argv)
     if not arguments.demo:
         parser.error("only the demonstration can be trained so far: add --demo")
-    if arguments.evaluate and arguments.out is not None:
-        parser.error("--out is for training; --evaluate takes --model DIR")
+    if arguments.evaluate and (arguments.export or arguments.out is not None):
+        parser.error("--out and --export are for training; --evaluate takes --model DIR")
     if not arguments.evaluate and (arguments.model, arguments.questions) != (None, None):
         parser.error("--model and --questions are for --evaluate")
     if arguments.questions is not None and arguments.questions < 1:
@@ -55,7 +59,13 @@ def _work(arguments: argparse.Namespace) -> int:
         model = arguments.model or _EXAMPLE
         print(table(evaluate(model, count=arguments.questions or 100, report=console.say)))
         return 0
-    _train(arguments.out or Path("demo-run"))
+    directory = arguments.out or Path("demo-run")
+    if arguments.export:
+        from qwen3vl_jax.demo import running
+
+        print(f"{directory / running.CHECKPOINT}: step {running.export_newest(directory):,}")
+        return 0
+    _train(directory)
     return 0
 
 

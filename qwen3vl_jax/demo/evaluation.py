@@ -22,7 +22,7 @@ from qwen3vl_jax.generation_settings import GenerationSettings
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.processing.processor import Processor
 
-CROWD = SceneRange(1, 6, 0.6)
+CROWD = SceneRange(1, 4, 0.6)
 _BATCH_ROWS = 32
 _LONGEST_ANSWER_TOKENS = 72
 

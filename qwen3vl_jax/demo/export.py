@@ -55,7 +55,7 @@ def write_settings(directory: Path) -> None:
 
 def write_weights(directory: Path, parameters: Mapping[str, Any]) -> int:
     """model.safetensors in bfloat16 beside the config.json of `directory`; returns its bytes."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     entries = table(load_config(directory))
     tensors = {
@@ -63,8 +63,7 @@ def write_weights(directory: Path, parameters: Mapping[str, Any]) -> int:
         for entry in entries
     }
     path = directory / "model.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
-    return path.stat().st_size
+    return path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -32,14 +32,17 @@ from qwen3vl_jax.vision import encode_frames
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["batch", "labels", "kinds"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["batch", "labels", "wording", "kinds"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turns:
-    """Questions and answers: what the network reads, tokens of the answers, kinds of question."""
+    """What the network reads, tokens of the answers and of the questions, kinds of question."""
 
     batch: Batch
     labels: AnyArray
+    wording: AnyArray
     kinds: AnyArray
 
 
@@ -65,6 +68,7 @@ def prepare(arrays: dict[str, np.ndarray], config: Config) -> Turns:
     return Turns(
         dataclasses.replace(batch, pieces=(_piece(arrays["pixel_values"], config),)),
         arrays["labels"],
+        arrays["wording"],
         arrays["kinds"],
     )
 
@@ -110,7 +114,12 @@ def make_loss(network: Qwen3VLNetwork, config: Config, end_token: int) -> Loss:
 def answer_loss(
     network: Qwen3VLNetwork, turns: Turns, config: Config, end_token: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of the answers; metrics: share of right tokens per kind, end tokens apart."""
+    """Cross entropy of the answers, and a share of that of the questions.
+
+    To guess "circle" after "the red" one has to find what is red in the picture: the same search
+    that answers need, learnt at more places. Metrics: both, and the share of right answer tokens
+    per kind, end tokens apart.
+    """
     logits = forward(network, turns.batch, config)
     wanted = turns.labels[:, 1:]
     counted = (wanted != IGNORED) & (wanted != end_token)
@@ -119,7 +128,10 @@ def answer_loss(
         name: _mean_where(right, counted & (turns.kinds[:, 1:] == index))
         for index, name in enumerate(KINDS)
     }
-    return cross_entropy(logits, jnp.asarray(turns.labels)), metrics
+    answers = cross_entropy(logits, jnp.asarray(turns.labels))
+    wording = cross_entropy(logits, jnp.asarray(turns.wording))
+    metrics |= {"answers": answers, "wording": wording}
+    return answers + jnp.float32(recipe.WORDING_SHARE) * wording, metrics
 
 
 def naming_loss(

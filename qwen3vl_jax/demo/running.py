@@ -11,6 +11,7 @@ from qwen3vl_jax.config import load_config
 from qwen3vl_jax.demo import learning, recipe
 from qwen3vl_jax.demo.batches import ChatTokens
 from qwen3vl_jax.demo.export import write_settings, write_weights
+from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.network import Qwen3VLNetwork, abstract_network, named_arrays
 from qwen3vl_jax.train import Parameters, Progress, Settings, adamw, newest_average, train
 
@@ -51,6 +52,8 @@ def train_demo(
 def export_newest(directory: Path, *, settings: Settings = recipe.SETTINGS) -> int:
     """Exports the newest averaged weights of a run, finished or not; returns their step."""
     checkpoint = directory / CHECKPOINT
+    if not (checkpoint / "config.json").is_file():
+        raise UsageError(f"{directory}: holds no training run; train there first")
     parameters = first_weights(checkpoint)
     step, average = newest_average(directory, parameters, adamw(settings))
     write_weights(checkpoint, average)

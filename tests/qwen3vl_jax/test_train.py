@@ -1,10 +1,12 @@
 """Training: a hand-computed loss, a falling loss, and runs that are killed and go on."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -93,11 +95,34 @@ def batch_at(config: Config, number: int) -> train.Batch:
     return prepare(config, arrays)[0], labels
 
 
-def run(directory: Path) -> train.Parameters:
+def run(
+    directory: Path, report: Callable[[train.Progress], None] = lambda progress: None
+) -> train.Parameters:
     config, parameters, loss = parts()
     return train.train(
-        loss, parameters, lambda number: batch_at(config, number), SETTINGS, directory
+        loss,
+        parameters,
+        lambda number: batch_at(config, number),
+        SETTINGS,
+        directory,
+        report=report,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Whole:
+    """A run that nobody disturbed."""
+
+    directory: Path
+    lines: list[train.Progress]
+    weights: train.Parameters
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    directory = tmp_path_factory.mktemp("whole")
+    lines: list[train.Progress] = []
+    return Whole(directory, lines, run(directory, lines.append))
 
 
 def test_the_loss_is_the_mean_surprise_of_the_labelled_tokens() -> None:
@@ -117,23 +142,12 @@ def test_without_any_label_the_loss_is_zero() -> None:
     assert float(train.cross_entropy(jnp.ones((1, 3, 4), jnp.float32), labels)) == 0.0
 
 
-def test_weights_learn_to_tell_bright_from_dark_pictures(tmp_path: Path) -> None:
-    lines: list[train.Progress] = []
-    config, parameters, loss = parts()
-    train.train(
-        loss,
-        parameters,
-        lambda number: batch_at(config, number),
-        SETTINGS,
-        tmp_path,
-        report=lines.append,
-    )
-    assert [line.step for line in lines] == [3, 6, 9, 12]
-    assert lines[-1].metrics["loss"] < 0.5 * lines[0].metrics["loss"]
+def test_weights_learn_to_tell_bright_from_dark_pictures(whole: Whole) -> None:
+    assert [line.step for line in whole.lines] == [3, 6, 9, 12]
+    assert whole.lines[-1].metrics["loss"] < 0.5 * whole.lines[0].metrics["loss"]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    undisturbed = run(tmp_path / "whole")
+def test_a_killed_run_goes_on_to_the_same_bits(whole: Whole, tmp_path: Path) -> None:
     script = f"""
         import os, signal, sys
         from pathlib import Path
@@ -155,15 +169,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert os.listdir(tmp_path / "killed" / "checkpoints"), "killed before its first checkpoint"
     resumed = run(tmp_path / "killed")
-    for name, array in undisturbed.items():
+    for name, array in whole.weights.items():
         assert np.array_equal(np.asarray(array), np.asarray(resumed[name])), name
     logs = [
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")
+        (directory / "metrics.jsonl").read_text().splitlines()
+        for directory in (whole.directory, tmp_path / "killed")
     ]
     assert [len(log) for log in logs] == [4, 4]
 
 
-def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
-    run(tmp_path)
-    kept = sorted(int(name) for name in os.listdir(tmp_path / "checkpoints") if name.isdigit())
-    assert kept == [8, 12]
+def test_only_the_last_two_checkpoints_are_kept(whole: Whole) -> None:
+    names = os.listdir(whole.directory / "checkpoints")
+    assert sorted(int(name) for name in names if name.isdigit()) == [8, 12]
+
+
+def test_the_learning_rate_follows_its_corners() -> None:
+    rate = train.learning_rate(SETTINGS)
+    found = [float(rate(step)) for step in (0, 1, 2, 5, 8, 10, 12)]
+    assert found == pytest.approx([0.0, 0.005, 0.01, 0.01, 0.01, 0.005, 0.0], abs=1e-9)
