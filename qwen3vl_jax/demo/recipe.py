@@ -132,8 +132,8 @@ def plan(number: int) -> tuple[Layout, Mixture]:
 def start(parameters: Parameters) -> Parameters:
     """The weights to begin with: blocks that add little, positions that show, sharp attention.
 
-    At their usual size the blocks' outputs hide embeddings of 0.1, and positions of 0.02 drown. With
-    heads of 32 values, normalised queries and keys score 5.7 at most; 12.7 when they start at 1.5.
+    At their usual size the blocks' outputs hide embeddings of 0.1, and positions of 0.02 drown.
+    Normalised queries and keys of 32 values score 5.7 at most, and 12.7 when they start at 1.5.
     """
     quiet = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight")
     factors = {name: 0.1 for name in parameters if name.endswith(quiet)}

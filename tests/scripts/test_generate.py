@@ -302,8 +302,8 @@ def test_debug_adds_the_traceback(script: Any, capsys: pytest.CaptureFixture[str
 
 def test_help_and_version_answer_within_half_a_second_from_anywhere(tmp_path: Path) -> None:
     for flag, says in (("--help", "--max-new-tokens"), ("--version", "qwen3vl-jax")):
-        seconds = []
-        for _ in range(3):
+        seconds: list[float] = []
+        while len(seconds) < 10 and min(seconds, default=1.0) >= 0.5:
             started = time.monotonic()
             done = subprocess.run(
                 [sys.executable, SCRIPT, flag],
