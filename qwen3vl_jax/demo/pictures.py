@@ -23,7 +23,7 @@ _KINDS = {
 
 def example_scenes() -> dict[str, Scene]:
     """A scene for each picture."""
-    ranges = {"shapes": SceneRange(3, 3, 0.0), "crowd": SceneRange(6, 6, 0.0)}
+    ranges = {"shapes": SceneRange(3, 3, 0.0), "crowd": SceneRange(4, 4, 0.0)}
     rng = np.random.default_rng((20260922, EXAMPLE_STREAM))
     found: dict[str, Scene] = {}
     while len(found) < len(_NAMES):

@@ -15,8 +15,8 @@ TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
 NAMING_STEPS = 1300
 WORDING_SHARE = 0.3
 SETTINGS = Settings(
-    steps=9200,
-    rates=((0, 0.0), (40, 1.5e-3), (5500, 1.5e-3), (9200, 0.0)),
+    steps=8000,
+    rates=((0, 0.0), (40, 1.5e-3), (4600, 1.5e-3), (8000, 0.0)),
     save_every_steps=100,
     log_every_steps=20,
 )

@@ -24,7 +24,7 @@ from qwen3vl_jax.network import forward
 from qwen3vl_jax.processing.processor import Processor
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "checkpoint"
-CROWD = SceneRange(1, 6, 0.6)
+CROWD = SceneRange(1, 6, 0.6)  # more than the demo is trained on
 
 
 def scenes(count: int, seed: int, limits: SceneRange = CROWD) -> list[Scene]:
