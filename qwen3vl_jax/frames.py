@@ -32,6 +32,8 @@ SMALLEST_BUCKET = 64
 class Piece:
     """Some equally sized frames, ready for `vision.encode_frames`.
 
+    `patches` are in merge-block order, padded at the end, where `valid` is false; `taps` and
+    `shares` say where to read the position table, `rows_columns` where a patch is in its frame.
     `token_rows[f, j]` is the row of all features that token j of frame f belongs to; past the end
     for padding.
     """

@@ -143,15 +143,7 @@ def encode(
         for _ in range(1 + len(config.vision.deepstack_visual_indexes))
     ]
     for piece in pieces:
-        tokens, deepstack = vision.encode_frames(
-            tower,
-            piece.patches,
-            piece.taps,
-            piece.shares,
-            piece.rows_columns,
-            piece.valid,
-            config=config.vision,
-        )
+        tokens, deepstack = vision.encode_frames(tower, piece, config.vision)
         sets = [
             collect(rows, part, piece.token_rows)
             for rows, part in zip(sets, (tokens, *deepstack), strict=True)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.config import VisionConfig
+from qwen3vl_jax.frames import Piece
 from qwen3vl_jax.layers import LayerNorm, Linear
 from qwen3vl_jax.rope import rotate, vision_rotation
 
@@ -186,28 +187,14 @@ def merge_patches(merger: Merger, x: Float[Array, "F P D"]) -> Float[Array, "F t
 
 
 def encode_frames(
-    tower: VisionTower,
-    patches: Float[AnyArray, "F P values"],
-    taps: Int[AnyArray, "P 4"],
-    shares: Float[AnyArray, "P 4"],
-    rows_columns: Int[AnyArray, "P 2"],
-    valid: Bool[AnyArray, " P"],
-    *,
-    config: VisionConfig,
+    tower: VisionTower, piece: Piece, config: VisionConfig
 ) -> tuple[Float[Array, "F tokens H"], tuple[Float[Array, "F tokens H"], ...]]:
-    """Tokens of equally sized frames, and one further set of features per DeepStack block.
-
-    Args:
-        patches: pixels in merge-block order; rows past the end of the frame are padding.
-        taps, shares: where to read the position table, as from `frames.table_taps`.
-        rows_columns: place of every patch in its frame.
-        valid: false for padding patches.
-    """
-    x = embed_patches(tower.patch_embed, tower.pos_embed, patches, taps, shares)
-    cos, sin = vision_angles(rows_columns, theta=config.rope_theta, head_dim=config.head_dim)
+    """Tokens of equally sized frames, and one further set of features per DeepStack block."""
+    x = embed_patches(tower.patch_embed, tower.pos_embed, piece.patches, piece.taps, piece.shares)
+    cos, sin = vision_angles(piece.rows_columns, theta=config.rope_theta, head_dim=config.head_dim)
     features = {}
     for index, block in enumerate(tower.blocks):
-        x = vision_block(block, x, cos, sin, valid)
+        x = vision_block(block, x, cos, sin, piece.valid)
         if index in config.deepstack_visual_indexes:
             place = config.deepstack_visual_indexes.index(index)
             features[place] = merge_patches(tower.deepstack_merger_list[place], x)

@@ -141,16 +141,7 @@ def naming_loss(
 
     Metrics: the probability of all words of a cell together, for each content of cells.
     """
-    piece = naming.piece
-    tokens, _ = encode_frames(
-        network.visual,
-        piece.patches,
-        piece.taps,
-        piece.shares,
-        piece.rows_columns,
-        piece.valid,
-        config=config.vision,
-    )
+    tokens, _ = encode_frames(network.visual, naming.piece, config.vision)
     log_odds = jax.nn.log_softmax(head(network.language_model.norm, network.head, tokens), axis=-1)
     known = naming.words != IGNORED
     chosen = jnp.take_along_axis(log_odds, jnp.where(known, naming.words, 0), axis=-1)
