@@ -1,11 +1,68 @@
 """Plans the memory of a JAX program ahead of time. It knows JAX and no model.
 
-Nothing of it is built yet: this release contains the model port `qwen3vl_jax` only. What will
-come is described in ARCHITECTURE.md: a planner that decides before the first byte is loaded where
-every array rests (device, host, NVMe), how it is stored and when it moves, a referee that checks
-the plan, and a runtime that carries it out.
+    program, kernels = memsched.trace(function, *shapes)
+    plan = memsched.compile_plan(program, machine)
+    peaks = memsched.verify(plan, program, machine)
+    with memsched.Executor(machine, sources) as executor:
+        outcome = executor.run(plan, program, kernels, given)
+
+Names are loaded when they are first used: planning needs no JAX, and reading a plan nothing else.
 """
 
-__all__ = ["__version__"]
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from memsched.detect import detect
+    from memsched.machine import Machine
+    from memsched.passes.compile import compile_phases, compile_plan
+    from memsched.plan import Plan
+    from memsched.plan_json import from_json, to_json
+    from memsched.profiles import load_machine
+    from memsched.program import ArraySpec, Program, Step
+    from memsched.runtime import Executor
+    from memsched.trace import trace
+    from memsched.verify import verify
+
+__version__ = "0.2.0"
+
+_HOMES = {
+    "ArraySpec": "program",
+    "Executor": "runtime",
+    "Machine": "machine",
+    "Plan": "plan",
+    "Program": "program",
+    "Step": "program",
+    "compile_phases": "passes.compile",
+    "compile_plan": "passes.compile",
+    "detect": "detect",
+    "from_json": "plan_json",
+    "load_machine": "profiles",
+    "to_json": "plan_json",
+    "trace": "trace",
+    "verify": "verify",
+}
+
+__all__ = [
+    "ArraySpec",
+    "Executor",
+    "Machine",
+    "Plan",
+    "Program",
+    "Step",
+    "__version__",
+    "compile_phases",
+    "compile_plan",
+    "detect",
+    "from_json",
+    "load_machine",
+    "to_json",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memsched' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"memsched.{_HOMES[name]}"), name)

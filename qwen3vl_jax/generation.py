@@ -1,9 +1,10 @@
 """From a prompt to an answer: one loop over prefill, the choice of a token, and decode.
 
-Nothing grows with the number of tokens: one program for every step, one host array for the answer,
-the cache updated in place.
+Nothing but the tokens themselves grows with their number: one program for every step, one host
+array for the answer, the cache updated in place.
 """
 
+import array
 import dataclasses
 import secrets
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3vl_jax.cache import grown
+from qwen3vl_jax.drafting import DRAFT_TOKENS, DraftCounts, Trial, propose_rows
 from qwen3vl_jax.errors import BadInputError, UsageError
 from qwen3vl_jax.generation_settings import GenerationSettings
 from qwen3vl_jax.inputs import INPUT_NAMES
@@ -57,6 +59,9 @@ class Session:
         self._cache: Any = model.new_cache(batch=batch, capacity=capacity)
         self._logits: Float[Array, "batch vocab"] | None = None
         self._drawn = 0
+        self._told = [array.array("i") for _ in range(batch)]
+        self._trial: Trial | None = None
+        self.drafts = DraftCounts()
         self.unfed: Int[np.ndarray, " batch"] | None = None
 
     @property
@@ -66,8 +71,8 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Slots of the cache in use."""
-        return int(self._cache.length)
+        """Slots of the cache in use, without drafted tokens that nobody chose."""
+        return int(self._cache.length) - self._on_trial
 
     @property
     def capacity(self) -> int:
@@ -86,15 +91,14 @@ class Session:
         """
         started = time.perf_counter()
         features = self._model.encode(inputs)
-        for array in jax.tree.leaves(features):
-            array.block_until_ready()
+        jax.block_until_ready(features)
         vision_s = time.perf_counter() - started
         ids = np.asarray(inputs["input_ids"])
         mask = inputs.get("attention_mask")
-        mark_seen(
-            self._seen, ids, np.ones_like(ids, bool) if mask is None else np.asarray(mask) != 0
-        )
-        cache, self._cache = self._cache, None
+        real = np.ones_like(ids, bool) if mask is None else np.asarray(mask) != 0
+        mark_seen(self._seen, ids, real)
+        self._tell(ids, real)
+        cache = self._take_cache()
         if cache.capacity < capacity:
             cache = grown(cache, capacity)
         self._logits, self._cache = self._model.prefill(inputs, cache, features=features)
@@ -134,13 +138,60 @@ class Session:
             yield Step(tokens, finished)
             if finished.all() or index + 1 == settings.max_new_tokens:
                 return
-            self._feed(tokens)
+            self._feed(tokens, finished, settings)
 
-    def _feed(self, tokens: Int[np.ndarray, " batch"]) -> None:
-        # A step consumes the cache: if it is interrupted, none is left, and `intact` says so.
-        cache, self._cache = self._cache, None
-        self._logits, self._cache = self._model.decode(tokens, cache)
+    def _feed(
+        self,
+        tokens: Int[np.ndarray, " batch"],
+        finished: Bool[np.ndarray, " batch"],
+        settings: GenerationSettings,
+    ) -> None:
+        self._tell(tokens[:, None], np.ones((len(tokens), 1), bool))
+        if self._trial is not None and self._trial.foresaw(tokens):
+            self._trial = dataclasses.replace(self._trial, used=self._trial.used + 1)
+            self._logits = self._trial.logits()
+            self.drafts = self.drafts.with_accepted()
+        else:
+            draft = self._draft(finished, settings)
+            cache = self._take_cache()
+            if draft is None:
+                self._logits, self._cache = self._model.decode(tokens, cache)
+            else:
+                tried = np.concatenate([tokens[:, None], draft], axis=1)
+                scores, self._cache = self._model.verify(tried, cache)
+                self._trial = Trial(draft, scores)
+                self._logits = self._trial.logits()
+                self.drafts = self.drafts.with_pass(DRAFT_TOKENS)
         self.unfed = None
+
+    def _draft(
+        self, finished: Bool[np.ndarray, " batch"], settings: GenerationSettings
+    ) -> Int[np.ndarray, "batch drafted"] | None:
+        """Tokens to try, always equally many; None without a guess, or without room for them."""
+        if settings.draft is None or self.length + 1 + DRAFT_TOKENS > self.capacity:
+            return None
+        told = [np.frombuffer(row, np.int32) for row in self._told]
+        return propose_rows(told, finished, DRAFT_TOKENS, padding=settings.padding)
+
+    @property
+    def _on_trial(self) -> int:
+        return 0 if self._trial is None else self._trial.left
+
+    def _take_cache(self) -> Any:
+        """The cache without tokens on trial.
+
+        Who takes it consumes it: if that is interrupted, none is left, and `intact` says so.
+        """
+        cache, self._cache = self._cache, None
+        left, self._trial = self._on_trial, None
+        return self._model.forget(cache, left) if left else cache
+
+    def _tell(
+        self, ids: Int[np.ndarray, "batch tokens"], real: Bool[np.ndarray, "batch tokens"]
+    ) -> None:
+        """Notes, for drafts, what each row is fed."""
+        for row, told in enumerate(self._told):
+            told.frombytes(ids[row, real[row]].astype(np.int32).tobytes())
 
 
 def generate(

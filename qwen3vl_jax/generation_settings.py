@@ -21,6 +21,7 @@ MAX_FILE_BYTES = 1 << 20
 MAX_NEW_TOKENS = 1 << 20
 MAX_STOP_STRINGS = 64
 MAX_TOKEN_ID = (1 << 31) - 1
+DRAFTS = ("prompt-lookup",)
 
 # Least and greatest value of each setting.
 _WHOLE = {
@@ -103,6 +104,7 @@ class GenerationSettings:
     A temperature of 0 is greedy; `do_sample` false is greedy whatever the other settings say.
     `top_k` 0 keeps every token. Without a `seed`, one is drawn from the system for each call.
     `stop_strings` end an answer like transformers' do: the token that completes one is kept.
+    `draft` "prompt-lookup" guesses tokens and verifies several in one pass (`drafting`).
 
     Raises:
         UsageError: a value has the wrong type or is out of range.
@@ -120,6 +122,7 @@ class GenerationSettings:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -231,8 +234,12 @@ def _checked(name: str, value: Any) -> Any:
             return tuple(_integer(name, token, 0, MAX_TOKEN_ID) for token in _listed(value))
         case "stop_strings":
             return _stop_strings(_listed(value))
-        case "seed" | "pad_token_id" if value is None:
+        case "seed" | "pad_token_id" | "draft" if value is None:
             return None
+        case "draft":
+            if value not in DRAFTS:
+                raise UsageError(f"draft {value!r} is not one of {', '.join(DRAFTS)}")
+            return value
     if name in _WHOLE:
         return _integer(name, value, *_WHOLE[name])
     return _number(name, value, *_REAL[name])

@@ -1,13 +1,13 @@
-"""The model as its users see it: weights on a device, logits, cached generation.
+"""The model as its users see it: logits and cached generation, over the phases of `phases`.
 
-Steps run one after another, layer by layer: equal layers share one compiled program, so a new shape
-compiles in the time of one layer, at the same speed as one program for the whole model
-(DECISIONS.md).
+A runner carries them out. The plain one has all weights on a device and calls step after step,
+layer by layer: equal layers share one compiled program, so a new shape compiles in the time of one
+layer, at the same speed as one program for the whole model (DECISIONS.md).
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3vl_jax import text
 from qwen3vl_jax.buckets import bucket
-from qwen3vl_jax.cache import KVCache, LayerCache, new_cache
+from qwen3vl_jax.cache import KVCache, new_cache
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import GenerationSettings, load_settings
@@ -26,58 +26,88 @@ from qwen3vl_jax.inputs import SMALLEST_TOKENS, cut, feature_count, picture_piec
 from qwen3vl_jax.network import (
     Chunk,
     Features,
-    LayerStep,
     Qwen3VLNetwork,
     abstract_network,
-    encode,
-    extend,
-    forward,
+    empty_features,
     named_arrays,
     network_from_arrays,
 )
+from qwen3vl_jax.phases import Direct, Runner, phases
+from qwen3vl_jax.weights import Entry, block_rows, table
 
 DTYPES = ("float32", "bfloat16", "float16")
-PREFILL_CHUNK = 512  # tokens: fewer read the weights too often, more need more workspace
 
 
 class Qwen3VL:
-    """A Qwen3-VL, dense or sparse, with all its weights on the default device."""
+    """A Qwen3-VL, dense or sparse. All its weights are on the default device, or with a runner."""
 
     def __init__(
-        self, config: Config, network: Qwen3VLNetwork, settings: GenerationSettings
+        self,
+        config: Config,
+        network: Qwen3VLNetwork,
+        settings: GenerationSettings,
+        *,
+        runner: Runner | None = None,
     ) -> None:
+        """Joins what belongs together.
+
+        Args:
+            runner: has the weights; `network` may then be abstract. By default `network` has them.
+        """
         self.config = config
         self.network = network
         self.settings = settings
-        self._steps = _flat_steps(network)
+        self._runner = Direct(network) if runner is None else runner
+        self._phases = phases(config)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str | None = None, vocab_blocks: int = 1
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        vocab_blocks: int = 1,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        nvme_dir: str | Path | None = None,
+        nvme_space: int | str | None = None,
+        level: str = "minimal",
+        machine: str | Path | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
+
+        With a budget nothing is loaded: weights stay in their files, and plans bring them as they
+        are needed. Without one that happens where the weights do not fit what is free.
 
         Args:
             dtype: float32, bfloat16 or float16; None keeps what config.json says.
             vocab_blocks: row blocks of the vocabulary matrices, for devices that limit the size of
-            one array.
+                one array. Plans choose their own.
+            device_memory: bytes, or text like "1.5GiB", for weights, caches and all that steps
+                need; not for Python and JAX themselves.
+            host_memory: the same for main memory beside an accelerator.
+            nvme_dir: where arrays are moved out to, if a plan has to.
+            nvme_space: how much of it; reserved at once.
+            level: how far values may be changed to save memory; "minimal" changes no bit.
+            machine: a file that describes the machine, in place of measuring this one.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
             StorageError: it cannot be read.
+            UsageError: budgets that make no sense, or weights that cannot be read in place.
         """
-        from qwen3vl_jax.checkpoints.opening import open_checkpoint
-        from qwen3vl_jax.weights import table
+        from qwen3vl_jax.planned.loading import Budgets, fits, load
 
         config = load_config(path)
-        chosen = _dtype(config.dtype if dtype is None else dtype)
-        arrays = {}
-        with open_checkpoint(path, config) as checkpoint:
-            for entry in table(config, vocab_blocks=vocab_blocks):
-                # Zero-copy when the dtype stays: the array that was read is the one XLA reads.
-                read = jax.device_put(checkpoint.read(entry))
-                arrays[entry.path] = read if read.dtype == chosen else read.astype(chosen)
-        empty = abstract_network(config, dtype=chosen, vocab_blocks=vocab_blocks)
+        chosen = named_dtype(config.dtype if dtype is None else dtype)
+        budgets = Budgets(device_memory, host_memory, nvme_dir, nvme_space, level, machine)
+        rows = block_rows(config.text.vocab_size, vocab_blocks)
+        entries = table(config, vocab_rows=rows)
+        nbytes = sum(math.prod(entry.shape) for entry in entries) * chosen.itemsize
+        if budgets.asked or not fits(nbytes):
+            return load(path, dtype=chosen.name, budgets=budgets)
+        arrays = _read_all(path, config, entries, chosen)
+        empty = abstract_network(config, dtype=chosen, vocab_rows=rows)
         return cls(config, network_from_arrays(empty, arrays), load_settings(path))
 
     @classmethod
@@ -85,9 +115,10 @@ class Qwen3VL:
         cls, config: Config, *, dtype: str = "float32", seed: int = 0, vocab_blocks: int = 1
     ) -> "Qwen3VL":
         """Weights drawn at random, with activations of ordinary size. For tests and benchmarks."""
-        chosen = _dtype(dtype)
+        chosen = named_dtype(dtype)
+        rows = block_rows(config.text.vocab_size, vocab_blocks)
         generator = np.random.default_rng(seed)
-        empty = abstract_network(config, dtype=chosen, vocab_blocks=vocab_blocks)
+        empty = abstract_network(config, dtype=chosen, vocab_rows=rows)
         arrays = {
             path: jnp.asarray(_draw(generator, path, array.shape), chosen)
             for path, array in named_arrays(empty).items()
@@ -102,7 +133,7 @@ class Qwen3VL:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of all weights and activations."""
-        return np.dtype(self.network.language_model.norm.weight[...].dtype)
+        return np.dtype(self.network.language_model.norm.weight.get_value().dtype)
 
     def __call__(self, **inputs: Any) -> Float[Array, "B T V"]:
         """Scores of the next token at every position, float32; garbage at padding.
@@ -115,15 +146,17 @@ class Qwen3VL:
         Raises:
             UsageError: arrays that do not belong together.
         """
-        batch, _ = prepare(self.config, inputs)
+        batch, _ = prepare(self.config, inputs, pictures=False)
         count = batch.tokens.input_ids.shape[1]
         tokens = cut(batch.tokens, 0, count, bucket(count, SMALLEST_TOKENS))
-        return forward(self.network, dataclasses.replace(batch, tokens=tokens), self.config)[
-            :, :count
-        ]
+        features = self.encode(inputs)
+        x = self._runner.embed(tokens.input_ids)
+        positions, rows, valid = tokens.positions, tokens.feature_rows, tokens.valid
+        return self._run("forward", x, positions, rows, features, valid)[:, :count]
 
     def new_cache(self, *, batch: int, capacity: int) -> KVCache:
         """An empty KV cache for `batch` rows of at least `capacity` tokens."""
+        self._runner.expect(batch, capacity)
         return new_cache(self.config.text, batch=batch, capacity=capacity, dtype=self.dtype)
 
     def encode(self, inputs: Mapping[str, Any]) -> Features | None:
@@ -135,8 +168,10 @@ class Qwen3VL:
         count = feature_count(self.config, inputs)
         if count == 0:
             return None
-        pieces = picture_pieces(self.config, inputs)
-        return encode(self.network.visual, pieces, count, self.config)
+        features = empty_features(count, self.config, self.dtype)
+        for piece in picture_pieces(self.config, inputs):
+            features = self._run("vision", features, piece)
+        return features
 
     def prefill(
         self,
@@ -144,7 +179,7 @@ class Qwen3VL:
         cache: KVCache,
         *,
         features: Features | None = None,
-        chunk_tokens: int = PREFILL_CHUNK,
+        chunk_tokens: int | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Takes in new tokens; returns the scores after each row's last real one, and the next
         cache.
@@ -154,23 +189,23 @@ class Qwen3VL:
 
         Args:
             features: what `encode` returned for these inputs; computed here when None.
-            chunk_tokens: how many tokens pass through the layers at once.
+            chunk_tokens: how many tokens pass through the layers at once; None lets the runner
+                choose.
 
         Raises:
             UsageError: the cache has no room, or the arrays do not belong together.
         """
         batch, following = prepare(self.config, inputs, start=cache.next_position, pictures=False)
-        _check_room(batch.tokens, cache)
-        features = self.encode(inputs) if features is None else features
-        last = _last_real(batch.tokens)
-        kept = jnp.zeros((cache.batch, 1, self.config.text.hidden_size), self.dtype)
         count = batch.tokens.input_ids.shape[1]
-        for first in range(0, count, chunk_tokens):
-            end = min(first + chunk_tokens, count)
-            x, cache = self._extend(batch.tokens, first, end, features, cache)
-            here = (last >= first) & (last < end)
-            kept = text.keep_last(kept, x, np.where(here, last - first, 0).astype(np.int32), here)
-        return self._scores(kept), dataclasses.replace(cache, next_position=following)
+        _check_room(len(batch.tokens.input_ids), count, cache)
+        features = self.encode(inputs) if features is None else features
+        kept = jnp.zeros((cache.batch, 1, self.config.text.hidden_size), self.dtype)
+        size = self._runner.chunk_tokens if chunk_tokens is None else chunk_tokens
+        for first in range(0, count, size):
+            end = min(first + size, count)
+            kept, cache = self._extend(batch.tokens, first, end, features, cache, kept)
+        scores = text.scores_at(self._run("scores", kept), np.int32(0))
+        return scores, dataclasses.replace(cache, next_position=following)
 
     def decode(
         self, token_ids: Int[np.ndarray, " B"], cache: KVCache
@@ -180,12 +215,43 @@ class Qwen3VL:
         Raises:
             UsageError: the cache is full.
         """
-        ids = np.asarray(token_ids, np.int32)[:, None]
-        positions = np.broadcast_to(cache.next_position[None, :, None], (3, *ids.shape))
-        chunk = Chunk(ids, np.ones(ids.shape, bool), positions, np.zeros(ids.shape, np.int32))
-        _check_room(chunk, cache)
-        x, cache = self._extend(chunk, 0, 1, None, cache)
-        return self._scores(x), dataclasses.replace(cache, next_position=cache.next_position + 1)
+        scores, cache = self._decode("decode", np.asarray(token_ids)[:, None], cache)
+        return text.scores_at(scores, np.int32(0)), cache
+
+    def verify(
+        self, token_ids: Int[np.ndarray, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T V"], KVCache]:
+        """Takes in T tokens for each row, some of them on trial, in one pass through the layers.
+
+        What turns out wrong is taken back with `forget`.
+
+        Returns:
+            Scores of the next token after each of them, and the next cache.
+
+        Raises:
+            UsageError: the cache has no room.
+        """
+        return self._decode("verify", token_ids, cache)
+
+    def forget(self, cache: KVCache, tokens: int) -> KVCache:
+        """The cache without the last `tokens` tokens of every row, all of them real ones."""
+        if tokens == 0:
+            return cache
+        length = cache.length - tokens
+        return dataclasses.replace(
+            cache,
+            valid=text.forget_from(cache.valid, np.int32(length)),
+            length=length,
+            next_position=cache.next_position - np.int32(tokens),
+        )
+
+    def wait(self) -> None:
+        """Returns when all weights that rest in memory are there."""
+        self._runner.wait()
+
+    def close(self) -> None:
+        """Gives back what plans hold: threads, files and memory. Weights in memory stay."""
+        self._runner.close()
 
     def generate(
         self, *, streamer: Any = None, tokenizer: Any = None, **arguments: Any
@@ -210,39 +276,57 @@ class Qwen3VL:
         settings = self.settings.override(**given)
         return generate(self, inputs, settings, streamer=streamer, tokenizer=tokenizer)
 
+    def _run(self, phase: str, *arrays: Any) -> Any:
+        return self._runner.run(self._phases[phase], *arrays)
+
     def _extend(
-        self, chunk: Chunk, first: int, end: int, features: Features | None, cache: KVCache
-    ) -> tuple[Float[Array, "B T H"], KVCache]:
+        self,
+        chunk: Chunk,
+        first: int,
+        end: int,
+        features: Features | None,
+        cache: KVCache,
+        kept: Float[Array, "B 1 H"],
+    ) -> tuple[Float[Array, "B 1 H"], KVCache]:
         """Runs tokens `first` to `end`, padded to a bucket where the cache has room for that."""
         tokens = end - first
         fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
-        part = cut(chunk, first, end, min(fitting, cache.capacity - cache.length))
-        start = np.int32(cache.length)
-        valid = text.mark_valid(cache.valid, part.valid, start)
-        x, layers = extend(
-            self.network, self._steps, part, features, cache.layers, start, valid, self.config
+        new = cut(chunk, first, end, min(fitting, cache.capacity - cache.length))
+        last = _last_real(chunk)
+        here = (last >= first) & (last < end)
+        kept, layers, valid = self._run(
+            "prefill",
+            self._runner.embed(new.input_ids),
+            new.positions,
+            new.feature_rows,
+            features,
+            cache.layers,
+            cache.valid,
+            new.valid,
+            np.array(cache.length, np.int32),
+            kept,
+            np.where(here, last - first, 0).astype(np.int32),
+            here,
         )
-        return x, KVCache(layers, valid, cache.length + tokens, cache.next_position)
+        return kept, KVCache(layers, valid, cache.length + tokens, cache.next_position)
 
-    def _scores(self, x: Float[Array, "B 1 H"]) -> Float[Array, "B V"]:
-        return text.head(self.network.language_model.norm, self.network.head, x)[:, 0]
-
-
-def _flat_steps(network: Qwen3VLNetwork) -> list[LayerStep]:
-    """The layers as steps over flat lists of arrays: a module takes 0.5 ms a call to flatten."""
-    steps: list[LayerStep] = []
-    for layer in network.language_model.layers:
-        leaves, tree = jax.tree.flatten(layer)
-        steps.append(functools.partial(_flat_program(tree), leaves))
-    return steps
-
-
-@functools.cache
-def _flat_program(tree: Any) -> Any:
-    def flat_layer(leaves: list[Array], *arguments: Any) -> tuple[Array, LayerCache]:
-        return text.cached_layer(jax.tree.unflatten(tree, leaves), *arguments)
-
-    return jax.jit(flat_layer, donate_argnums=(1, 4))  # x and cache, as in cached_layer
+    def _decode(
+        self, phase: str, token_ids: Int[np.ndarray, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T V"], KVCache]:
+        batch, tokens = token_ids.shape
+        _check_room(batch, tokens, cache)
+        columns = cache.next_position[:, None] + np.arange(tokens, dtype=np.int32)
+        scores, layers, valid = self._run(
+            phase,
+            self._runner.embed(token_ids.astype(np.int32)),
+            np.broadcast_to(columns, (3, batch, tokens)),
+            cache.layers,
+            cache.valid,
+            np.ones((batch, tokens), bool),
+            np.array(cache.length, np.int32),
+        )
+        following = cache.next_position + np.int32(tokens)
+        return scores, KVCache(layers, valid, cache.length + tokens, following)
 
 
 def _last_real(tokens: Chunk) -> Int[np.ndarray, " B"]:
@@ -251,8 +335,7 @@ def _last_real(tokens: Chunk) -> Int[np.ndarray, " B"]:
     return (columns - 1 - np.argmax(tokens.valid[:, ::-1], axis=1)).astype(np.int32)
 
 
-def _check_room(tokens: Chunk, cache: KVCache) -> None:
-    batch, count = tokens.input_ids.shape
+def _check_room(batch: int, count: int, cache: KVCache) -> None:
     if batch != cache.batch:
         raise UsageError(f"cache: made for {cache.batch} rows, but the inputs have {batch}")
     if cache.length + count > cache.capacity:
@@ -262,7 +345,27 @@ def _check_room(tokens: Chunk, cache: KVCache) -> None:
         )
 
 
-def _dtype(name: str) -> np.dtype:
+def _read_all(
+    path: str | Path, config: Config, entries: Sequence[Entry], dtype: np.dtype
+) -> dict[str, Array]:
+    """Every array of a checkpoint, on the default device."""
+    from qwen3vl_jax.checkpoints.opening import open_checkpoint
+
+    arrays = {}
+    with open_checkpoint(path, config) as checkpoint:
+        for entry in entries:
+            # Zero-copy when the dtype stays: the array that was read is the one XLA reads.
+            read = jax.device_put(checkpoint.read(entry))
+            arrays[entry.path] = read if read.dtype == dtype else read.astype(dtype)
+    return arrays
+
+
+def named_dtype(name: str) -> np.dtype:
+    """One of `DTYPES`.
+
+    Raises:
+        UsageError: it is another.
+    """
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return np.dtype(jnp.dtype(name))

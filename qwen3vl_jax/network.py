@@ -5,18 +5,16 @@ Array names are pytree paths, which are the checkpoint's tensor names without th
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from qwen3vl_jax import text, vision
 from qwen3vl_jax.arrays import AnyArray
-from qwen3vl_jax.cache import LayerCache
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
 
@@ -25,14 +23,14 @@ class Qwen3VLNetwork(nnx.Module):
     """All weights; nothing else. A tied model has no `lm_head`: the embedding is its head."""
 
     def __init__(
-        self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs, vocab_blocks: int = 1
+        self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs, vocab_rows: int | None = None
     ) -> None:
         make = functools.partial(
-            text.VocabularyMatrix, config.text, blocks=vocab_blocks, dtype=dtype, rngs=rngs
+            text.VocabularyMatrix, config.text, vocab_rows=vocab_rows, dtype=dtype, rngs=rngs
         )
         self.visual = vision.VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.language_model = text.Decoder(
-            config.text, vocab_blocks=vocab_blocks, dtype=dtype, rngs=rngs
+            config.text, vocab_rows=vocab_rows, dtype=dtype, rngs=rngs
         )
         self.lm_head = None if config.tie_word_embeddings else make()
 
@@ -42,10 +40,12 @@ class Qwen3VLNetwork(nnx.Module):
         return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
 
 
-def abstract_network(config: Config, *, dtype: DTypeLike, vocab_blocks: int = 1) -> Qwen3VLNetwork:
+def abstract_network(
+    config: Config, *, dtype: DTypeLike, vocab_rows: int | None = None
+) -> Qwen3VLNetwork:
     """Shapes and dtypes of all weights, with no memory behind them."""
     return nnx.eval_shape(
-        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=nnx.Rngs(0), vocab_blocks=vocab_blocks)
+        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=nnx.Rngs(0), vocab_rows=vocab_rows)
     )
 
 
@@ -74,9 +74,6 @@ class Features:
 
     tokens: Float[Array, "rows H"]
     deepstack: tuple[Float[Array, "rows H"], ...]
-
-
-LayerStep = Callable[..., tuple[jax.Array, LayerCache]]
 
 
 @functools.partial(
@@ -132,23 +129,39 @@ def empty_rows(*, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "row
     return jnp.zeros(shape, dtype)
 
 
+def empty_features(feature_count: int, config: Config, dtype: DTypeLike) -> Features:
+    """Zeros, for `encode_piece` to fill."""
+    shape = (feature_count, config.text.hidden_size)
+    sets = [
+        empty_rows(shape=shape, dtype=jnp.dtype(dtype))
+        for _ in range(1 + len(config.vision.deepstack_visual_indexes))
+    ]
+    return Features(sets[0], tuple(sets[1:]))
+
+
+def encode_piece(
+    tower: vision.VisionTower, features: Features, piece: Piece, config: Config
+) -> Features:
+    """Runs one piece through the vision tower; its tokens go to their rows of the features."""
+    tokens, deepstack = vision.encode_frames(tower, piece, config.vision)
+    return Features(
+        collect(features.tokens, tokens, piece.token_rows),
+        tuple(
+            collect(rows, part, piece.token_rows)
+            for rows, part in zip(features.deepstack, deepstack, strict=True)
+        ),
+    )
+
+
 def encode(
     tower: vision.VisionTower, pieces: Iterable[Piece], feature_count: int, config: Config
 ) -> Features:
     """Runs all pieces through the vision tower."""
-    shape = (feature_count, config.text.hidden_size)
     dtype = tower.pos_embed.weight[...].dtype
-    sets = [
-        empty_rows(shape=shape, dtype=dtype)
-        for _ in range(1 + len(config.vision.deepstack_visual_indexes))
-    ]
+    features = empty_features(feature_count, config, dtype)
     for piece in pieces:
-        tokens, deepstack = vision.encode_frames(tower, piece, config.vision)
-        sets = [
-            collect(rows, part, piece.token_rows)
-            for rows, part in zip(sets, (tokens, *deepstack), strict=True)
-        ]
-    return Features(sets[0], tuple(sets[1:]))
+        features = encode_piece(tower, features, piece, config)
+    return features
 
 
 def forward(network: Qwen3VLNetwork, batch: Batch, config: Config) -> Float[Array, "B T V"]:
@@ -158,50 +171,28 @@ def forward(network: Qwen3VLNetwork, batch: Batch, config: Config) -> Float[Arra
     """
     tokens, count = batch.tokens, batch.feature_count
     features = encode(network.visual, batch.pieces, count, config) if count else None
-    decoder, rope = network.language_model, config.text.rope
+    decoder = network.language_model
     x = text.embed_tokens(decoder.embed_tokens, tokens.input_ids)
-    if features is not None:
-        x = text.place_features(x, features.tokens, tokens.feature_rows)
-    cos, sin = text.text_angles(tokens.positions, rope=rope, head_dim=config.text.head_dim)
-    for index, layer in enumerate(decoder.layers):
-        x = text.decoder_layer(layer, x, cos, sin, tokens.valid)
-        if features is not None and index < len(features.deepstack):
-            x = text.add_features(x, features.deepstack[index], tokens.feature_rows)
+    positions, rows, valid = tokens.positions, tokens.feature_rows, tokens.valid
+    x = decode_whole(decoder.layers, x, positions, rows, features, valid, config)
     return text.head(decoder.norm, network.head, x)
 
 
-def layer_steps(network: Qwen3VLNetwork) -> list[LayerStep]:
-    """The decoder's layers as calls of one step, for `extend`."""
-    return [functools.partial(text.cached_layer, layer) for layer in network.language_model.layers]
-
-
-def extend(
-    network: Qwen3VLNetwork,
-    steps: Sequence[LayerStep],
-    chunk: Chunk,
+def decode_whole(
+    layers: text.Layers,
+    x: Float[Array, "B T H"],
+    positions: Int[AnyArray, "3 B T"],
+    feature_rows: Int[AnyArray, "B T"],
     features: Features | None,
-    layers: tuple[LayerCache, ...],
-    start: Int[AnyArray, ""] | np.int32,
-    valid: Bool[Array, "B S"],
+    valid: Bool[AnyArray, "B T"],
     config: Config,
-) -> tuple[Float[Array, "B T H"], tuple[LayerCache, ...]]:
-    """Runs T new tokens through all layers on top of a cache; returns hidden values and the cache.
-
-    Args:
-        steps: the layers, as from `layer_steps`.
-        features: None when none of the new tokens is a placeholder.
-        start: the first slot of the new tokens.
-        valid: real tokens among all slots, the new ones included.
-    """
-    x = text.embed_tokens(network.language_model.embed_tokens, chunk.input_ids)
+) -> Float[Array, "B T H"]:
+    """Runs embeddings through all layers, without a cache."""
     if features is not None:
-        x = text.place_features(x, features.tokens, chunk.feature_rows)
-    rope, head_dim = config.text.rope, config.text.head_dim
-    cos, sin = text.text_angles(chunk.positions, rope=rope, head_dim=head_dim)
-    written = []
-    for index, (step, cache) in enumerate(zip(steps, layers, strict=True)):
-        x, cache = step(x, cos, sin, cache, start, valid)
-        written.append(cache)
+        x = text.place_features(x, features.tokens, feature_rows)
+    cos, sin = text.text_angles(positions, rope=config.text.rope, head_dim=config.text.head_dim)
+    for index, layer in enumerate(layers):
+        x = text.decoder_layer(layer, x, cos, sin, valid)
         if features is not None and index < len(features.deepstack):
-            x = text.add_features(x, features.deepstack[index], chunk.feature_rows)
-    return x, tuple(written)
+            x = text.add_features(x, features.deepstack[index], feature_rows)
+    return x

@@ -40,28 +40,36 @@ class Entry:
         return self.path if self.rows is None else self.path.rpartition(".")[0]
 
 
-def table(config: Config, *, vocab_blocks: int = 1) -> tuple[Entry, ...]:
+def table(config: Config, *, vocab_rows: int | None = None) -> tuple[Entry, ...]:
     """Every array of the model once: vision, embedding, layers, norm, head.
 
     Args:
-        vocab_blocks: into how many row blocks the vocabulary matrices are split.
+        vocab_rows: rows of a block of the vocabulary matrices; None leaves them in one block.
     """
-    return tuple(_split(arrays(config), config.text.vocab_size, vocab_blocks))
+    return tuple(_split(arrays(config), config.text.vocab_size, vocab_rows))
 
 
-def row_blocks(vocab_size: int, count: int) -> tuple[tuple[int, int], ...]:
-    """Half-open row ranges that cut `vocab_size` rows into blocks of equal size.
-
-    All blocks have ceil(vocab_size / count) rows but the last, which has the rest; so there can
-    be fewer than `count` of them.
+def row_blocks(vocab_size: int, rows: int | None) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges that cut `vocab_size` rows into blocks of `rows`; the last has the rest.
 
     Raises:
-        UsageError: if `count` is below 1 or above `vocab_size`.
+        UsageError: if `rows` is below 1.
     """
-    if not 1 <= count <= vocab_size:
-        raise UsageError(f"vocab_blocks is {count}, wanted 1 to {vocab_size:,}; choose another")
-    rows = -(-vocab_size // count)
-    return tuple((first, min(first + rows, vocab_size)) for first in range(0, vocab_size, rows))
+    if rows is not None and rows < 1:
+        raise UsageError(f"vocab_rows is {rows}, wanted at least 1; choose another")
+    size = vocab_size if rows is None else rows
+    return tuple((first, min(first + size, vocab_size)) for first in range(0, vocab_size, size))
+
+
+def block_rows(vocab_size: int, blocks: int) -> int:
+    """Rows of a block when `vocab_size` rows are cut into `blocks`, or fewer, of equal size.
+
+    Raises:
+        UsageError: if `blocks` is below 1 or above `vocab_size`.
+    """
+    if not 1 <= blocks <= vocab_size:
+        raise UsageError(f"vocab_blocks is {blocks}, wanted 1 to {vocab_size:,}; choose another")
+    return -(-vocab_size // blocks)
 
 
 def arrays(config: Config) -> tuple[Entry, ...]:
@@ -183,11 +191,11 @@ def _layer(text: TextConfig, layer: int) -> Shapes:
     }
 
 
-def _split(whole: tuple[Entry, ...], vocab_size: int, count: int) -> Iterator[Entry]:
+def _split(whole: tuple[Entry, ...], vocab_size: int, vocab_rows: int | None) -> Iterator[Entry]:
     for entry in whole:
         if entry.hf_name not in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
             yield entry
             continue
-        for block, rows in enumerate(row_blocks(vocab_size, count)):
+        for block, rows in enumerate(row_blocks(vocab_size, vocab_rows)):
             shape = (rows[1] - rows[0], entry.shape[1])
             yield Entry(f"{entry.path}.{block}", entry.hf_name, shape, rows=rows)

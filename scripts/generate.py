@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3vl_jax import console
 from qwen3vl_jax.errors import BadInputError, Qwen3VLError, UsageError
 from qwen3vl_jax.interrupts import Guard, Meaning
+from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
 
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
@@ -65,6 +66,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     _add_question(parser)
     _add_settings(parser)
+    add_budget_options(parser)
     add("--interactive", action="store_true", help=f"chat: {COMMANDS}; Ctrl-C stops an answer")
     add("--json", action="store_true", help="write one JSON object to stdout, not the text")
     add("-q", "--quiet", action="store_true", help="no statistics and no progress on stderr")
@@ -112,6 +114,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, metavar="R", help="over 1: against repeating")
     add("--presence-penalty", type=float, metavar="P", help="over 0: against repeating itself")
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
+    add("--draft", choices=("prompt-lookup",), help="guess from what was said, verify at once")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
 
 
@@ -236,6 +239,7 @@ def _prepared(options: argparse.Namespace) -> tuple["GenerationSettings", "Chat"
         presence_penalty=options.presence_penalty,
         seed=secrets.randbits(32) if options.seed is None else options.seed,
         stop_strings=options.stop,
+        draft=options.draft,
     )
     from qwen3vl_jax import Processor
 
@@ -251,9 +255,9 @@ def _load(options: argparse.Namespace) -> Loaded:
     if not options.quiet:
         console.say(f"loading {options.model}")
     started, read_before = time.perf_counter(), console.read_bytes()
-    model = Qwen3VL.from_pretrained(options.model, dtype=options.dtype)
-    for array in model.parameters.values():
-        array.block_until_ready()
+    budgets = budget_arguments(options)
+    model = Qwen3VL.from_pretrained(options.model, dtype=options.dtype, **budgets)
+    model.wait()
     read = console.read_bytes()
     return Loaded(
         model,

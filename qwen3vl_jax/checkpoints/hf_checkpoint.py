@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.files import aligned_empty
 from qwen3vl_jax.checkpoints.safetensors_file import SafetensorsFile, read_index
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import WeightError
+from qwen3vl_jax.errors import UsageError, WeightError
 from qwen3vl_jax.weights import Entry, Shapes, hf_shapes
 
 SINGLE_NAME = "model.safetensors"
@@ -65,6 +66,27 @@ class HFCheckpoint:
         if entry.rows is not None:
             return file.read(entry.hf_name, entry.rows[0], entry.rows[1] - entry.rows[0])
         return file.read(entry.hf_name)
+
+    def extents(self, entry: Entry) -> tuple[Extent, ...]:
+        """The one range of bytes that is an array. Nothing checks them but their place.
+
+        Raises:
+            UsageError: the file holds the array transposed.
+        """
+        if entry.hf_name in self.released:
+            raise UsageError(
+                f"{entry.hf_name!r} lies transposed in its file and cannot be streamed from there; "
+                "convert the model with scripts/convert.py"
+            )
+        file = self._home[entry.hf_name]
+        tensor = file.tensors[entry.hf_name]
+        first, stop = tensor.start, tensor.stop
+        row_bytes = (stop - first) // tensor.shape[0]
+        if entry.expert is not None:
+            first, stop = first + entry.expert * row_bytes, first + (entry.expert + 1) * row_bytes
+        elif entry.rows is not None:
+            first, stop = first + entry.rows[0] * row_bytes, first + entry.rows[1] * row_bytes
+        return (Extent(file.path, first, stop - first, stop - first, checksum=False),)
 
     def orient(self, entry: Entry, stored: np.ndarray) -> np.ndarray:
         """`stored` as [out, in]: itself, or a transposed copy for the released expert layout."""

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.hf_checkpoint import HFCheckpoint
 from qwen3vl_jax.checkpoints.manifest import MANIFEST_NAME
 from qwen3vl_jax.config import Config
@@ -29,6 +30,14 @@ class Checkpoint(Protocol):
         Raises:
             WeightError: if the data are damaged.
             StorageError: if the system reports a read error.
+        """
+
+    def extents(self, entry: Entry) -> tuple[Extent, ...]:
+        """The files and places that hold the array's bytes, in order, in the dtype on disk.
+
+        Raises:
+            UsageError: it does not lie there as it is: convert the model first.
+            WeightError: if the files are not what they should be.
         """
 
     def close(self) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.files import DTYPES, aligned_empty
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import Qwen3VLError, StorageError, WeightError
+from qwen3vl_jax.errors import Qwen3VLError, StorageError, UsageError, WeightError
 from qwen3vl_jax.weights import Entry, arrays
 
 FOLDER_NAME = "orbax"
@@ -74,6 +75,17 @@ class OrbaxCheckpoint:
         values = aligned_empty(entry.shape, self.dtype_of(entry))
         values[...] = found
         return values
+
+    def extents(self, entry: Entry) -> tuple[Extent, ...]:
+        """Always refused: Orbax compresses.
+
+        Raises:
+            UsageError: naming the way out.
+        """
+        raise UsageError(
+            f"{self.directory}: arrays of an Orbax checkpoint cannot be streamed; "
+            "convert it with scripts/convert.py"
+        )
 
     def close(self) -> None:
         """Stop Orbax's threads; further calls do nothing."""

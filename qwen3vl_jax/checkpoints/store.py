@@ -12,11 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.files import DTYPES, read_small, sha256
-from qwen3vl_jax.checkpoints.manifest import MANIFEST_BYTES, MANIFEST_NAME, Manifest, decode
-from qwen3vl_jax.checkpoints.zarr_array import read_rows
+from qwen3vl_jax.checkpoints.manifest import (
+    MANIFEST_BYTES,
+    MANIFEST_NAME,
+    Manifest,
+    chunk_files,
+    chunk_rows,
+    decode,
+)
+from qwen3vl_jax.checkpoints.zarr_array import check_array_files, read_rows
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.errors import WeightError
+from qwen3vl_jax.errors import UsageError, WeightError
 from qwen3vl_jax.weights import Entry, arrays
 
 ARRAYS_NAME = "arrays"
@@ -52,6 +60,28 @@ class Store:
         array = self.manifest.arrays[entry.array]
         first, stop = entry.rows or (0, array.shape[0])
         return read_rows(self.directory / ARRAYS_NAME, entry.array, array, first, stop)
+
+    def extents(self, entry: Entry) -> tuple[Extent, ...]:
+        """The chunks that hold an array. They must begin where its rows do.
+
+        Raises:
+            UsageError: the rows of `entry` begin inside a chunk.
+            WeightError: a file is not what the manifest says.
+        """
+        array = self.manifest.arrays[entry.array]
+        check_array_files(self.directory / ARRAYS_NAME, entry.array, array)
+        folder = self.directory / ARRAYS_NAME / entry.array
+        rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
+        row_bytes = array.nbytes // array.shape[0]
+        first, stop = entry.rows or (0, array.shape[0])
+        if first % rows:
+            raise UsageError(f"{entry.path}: row {first} is inside a chunk of {rows} rows")
+        names = list(chunk_files(array))[first // rows : -(-stop // rows)]
+        left = [min(rows, stop - start) for start in range(first, stop, rows)]
+        return tuple(
+            Extent(folder / name, 0, rows * row_bytes, used * row_bytes, checksum=True)
+            for name, used in zip(names, left, strict=True)
+        )
 
     def close(self) -> None:
         """Nothing is held open."""

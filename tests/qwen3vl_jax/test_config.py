@@ -55,7 +55,8 @@ def test_an_official_size_has_exactly_its_tensors_parameters_and_bytes(size: str
 @pytest.mark.parametrize("blocks", [1, 3, 8])
 def test_vocabulary_blocks_change_no_count_and_no_other_name(blocks: int) -> None:
     config = load_config(official("8b"))
-    whole, split = weights.table(config), weights.table(config, vocab_blocks=blocks)
+    rows = weights.block_rows(config.text.vocab_size, blocks)
+    whole, split = weights.table(config), weights.table(config, vocab_rows=rows)
     assert sum(math.prod(entry.shape) for entry in split) == SIZES["8b"][1]
     assert len(split) == len(whole) + 2 * (blocks - 1)
     assert len({entry.path for entry in split}) == len(split)

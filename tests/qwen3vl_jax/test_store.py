@@ -31,7 +31,7 @@ from qwen3vl_jax.checkpoints.verification import verify_store
 from qwen3vl_jax.checkpoints.zarr_array import read_rows, sync_arrays, write_array
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import ConfigError, Qwen3VLError, WeightError
-from qwen3vl_jax.weights import table
+from qwen3vl_jax.weights import block_rows, table
 
 
 class Silent:
@@ -86,7 +86,7 @@ def test_a_store_gives_the_arrays_of_its_source(tmp_path: Path, kind: str, layou
     ):
         assert isinstance(made, Store)
         assert made.nbytes == source.nbytes == progress.done_bytes == progress.total_bytes
-        for entry in table(config, vocab_blocks=3):
+        for entry in table(config, vocab_rows=block_rows(config.text.vocab_size, 3)):
             found = made.read(entry)
             assert bits(found) == bits(source.read(entry))
             assert found.ctypes.data % 64 == 0

@@ -18,7 +18,7 @@ from qwen3vl_jax.checkpoints.opening import kind_of, open_checkpoint
 from qwen3vl_jax.checkpoints.safetensors_file import SafetensorsFile
 from qwen3vl_jax.config import load_config, parse_config
 from qwen3vl_jax.errors import UsageError, WeightError
-from qwen3vl_jax.weights import Entry, arrays, row_blocks, table
+from qwen3vl_jax.weights import Entry, arrays, block_rows, row_blocks, table
 
 KINDS = ("dense", "moe", "mixed")
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
@@ -27,7 +27,8 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 def read_all(directory: Path, *, vocab_blocks: int = 1) -> dict[str, np.ndarray]:
     config = load_config(directory)
     with open_checkpoint(directory, config) as checkpoint:
-        return {e.path: checkpoint.read(e) for e in table(config, vocab_blocks=vocab_blocks)}
+        rows = block_rows(config.text.vocab_size, vocab_blocks)
+        return {e.path: checkpoint.read(e) for e in table(config, vocab_rows=rows)}
 
 
 def expected(tensors: factory.Tensors) -> dict[str, np.ndarray]:
@@ -133,13 +134,20 @@ def test_vocabulary_blocks_together_are_the_matrix(tmp_path: Path) -> None:
     ],
 )
 def test_row_blocks_are_ceil_divided(rows: int, count: int, wanted: list[tuple[int, int]]) -> None:
-    assert list(row_blocks(rows, count)) == wanted
+    assert list(row_blocks(rows, block_rows(rows, count))) == wanted
 
 
 @pytest.mark.parametrize("count", [0, 11, -1])
 def test_an_impossible_number_of_blocks_is_refused(count: int) -> None:
     with pytest.raises(UsageError, match="vocab_blocks"):
-        row_blocks(10, count)
+        block_rows(10, count)
+
+
+def test_blocks_of_a_given_size_leave_the_rest_to_the_last() -> None:
+    assert row_blocks(10, 4) == ((0, 4), (4, 8), (8, 10))
+    assert row_blocks(10, None) == ((0, 10),)
+    with pytest.raises(UsageError, match="vocab_rows is 0"):
+        row_blocks(10, 0)
 
 
 def _missing(tensors: factory.Tensors) -> str:

@@ -18,7 +18,7 @@ from converting import SCRIPT, convert, environment, files, nothing_left
 
 from qwen3vl_jax.checkpoints.opening import open_checkpoint
 from qwen3vl_jax.config import load_config
-from qwen3vl_jax.weights import table
+from qwen3vl_jax.weights import block_rows, table
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -27,7 +27,8 @@ def same_weights(first: Path, second: Path) -> bool:
         open_checkpoint(first, config) as a,
         open_checkpoint(second, load_config(second)) as b,
     ):
-        pairs = ((a.read(entry), b.read(entry)) for entry in table(config, vocab_blocks=2))
+        rows = block_rows(config.text.vocab_size, 2)
+        pairs = ((a.read(entry), b.read(entry)) for entry in table(config, vocab_rows=rows))
         return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in pairs)
 
 

@@ -1,0 +1,58 @@
+"""Seconds of one action from the machine's rates alone."""
+
+from typing import Protocol, runtime_checkable, runtime_checkable
+
+from memsched.errors import ProgramError
+from memsched.machine import Machine
+from memsched.plan import Action, Copy, Free, Run
+from memsched.program import Program
+
+
+@runtime_checkable
+@runtime_checkable
+class CostModel(Protocol):
+    """Says how long an action is busy on its lane, everything it needs being there."""
+
+    def seconds(self, action: Action, program: Program, machine: Machine) -> float:
+        """Seconds of one action."""
+        ...
+
+
+class Roofline:
+    """A step takes the longer of computing and touching its arrays; a copy latency plus bytes."""
+
+    def seconds(self, action: Action, program: Program, machine: Machine) -> float:
+        """Seconds of one action.
+
+        Raises:
+            ProgramError: the machine has no link for this copy.
+        """
+        match action:
+            case Run(step=name):
+                step, compute = program.step(name), machine.compute
+                touched = (*step.reads, *step.writes, *step.updates)
+                nbytes = sum(program.arrays[array].nbytes for array in touched)
+                flop_s = step.flops / compute.flops_per_s
+                return compute.latency_s + max(flop_s, nbytes / compute.bytes_per_s)
+            case Copy(array=array, source=source, target=target):
+                link = machine.link(source, target)
+                if link is None:
+                    raise ProgramError(f"machine {machine.name!r} has no link {source}->{target}")
+                return link.latency_s + program.arrays[array].nbytes / link.bytes_per_s
+            case Free():
+                return 0.0
+
+
+class Remembered:
+    """Another cost model, asked once per action of one program on one machine."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._known: dict[Action, float] = {}
+
+    def seconds(self, action: Action, program: Program, machine: Machine) -> float:
+        """Seconds of one action."""
+        known = self._known.get(action)
+        if known is None:
+            known = self._known[action] = self._cost.seconds(action, program, machine)
+        return known

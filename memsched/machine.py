@@ -1,0 +1,121 @@
+"""Where arrays can rest and how fast they move: tiers, links, and the compute between them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+
+from memsched.errors import ProgramError
+
+DEVICE, HOST, NVME = "device", "host", "nvme"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tier:
+    """A place that holds arrays.
+
+    Every array in it takes a multiple of `alignment_bytes`; none may be larger than
+    `max_array_bytes`.
+    """
+
+    name: str
+    capacity_bytes: int
+    max_array_bytes: int
+    alignment_bytes: int = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Link:
+    """One direction between two tiers. Transfers over it follow one another.
+
+    `block_bytes` is the size of one request and `queue_depth` how many are under way.
+    """
+
+    source: str
+    target: str
+    bytes_per_s: float
+    latency_s: float = 0.0
+    block_bytes: int = 4 << 20
+    queue_depth: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compute:
+    """The processor that reads the device tier."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    latency_s: float = 0.0
+    threads: int = 1
+    threads_per_block: int = 0
+    shared_bytes_per_block: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """Tiers from the fastest to the largest, and the links between them.
+
+    Steps read the tier "device". Where there is no tier "host" (`device_is_host`), the device
+    computes in main memory, and a link leads from "nvme" straight to it.
+    """
+
+    name: str
+    platform: str
+    tiers: tuple[Tier, ...]
+    links: tuple[Link, ...]
+    compute: Compute
+
+    def tier(self, name: str) -> Tier:
+        """The tier of this name.
+
+        Raises:
+            ProgramError: there is none.
+        """
+        for tier in self.tiers:
+            if tier.name == name:
+                return tier
+        known = ", ".join(tier.name for tier in self.tiers)
+        raise ProgramError(f"machine {self.name!r} has no tier {name!r}; it has {known}")
+
+    def has_tier(self, name: str) -> bool:
+        """Whether there is a tier of this name."""
+        return any(tier.name == name for tier in self.tiers)
+
+    @property
+    def device_is_host(self) -> bool:
+        """Whether device memory is main memory."""
+        return not self.has_tier(HOST)
+
+    def link(self, source: str, target: str) -> Link | None:
+        """The link between two tiers, if there is one."""
+        for link in self.links:
+            if (link.source, link.target) == (source, target):
+                return link
+        return None
+
+    def with_capacities(self, capacities: Mapping[str, int]) -> "Machine":
+        """The same machine with other budgets.
+
+        Raises:
+            ProgramError: it has no such tier.
+        """
+        for name in capacities:
+            self.tier(name)
+        tiers = tuple(
+            dataclasses.replace(
+                tier, capacity_bytes=capacities.get(tier.name, tier.capacity_bytes)
+            )
+            for tier in self.tiers
+        )
+        return dataclasses.replace(self, tiers=tiers)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with anything in the machine but its name."""
+        body = dataclasses.asdict(self) | {"name": ""}
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rounded(nbytes: int, alignment_bytes: int) -> int:
+    """`nbytes` rounded up to a multiple of the alignment: what an array takes in a tier."""
+    return -(-nbytes // alignment_bytes) * alignment_bytes

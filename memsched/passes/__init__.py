@@ -1,0 +1,1 @@
+"""From a program and a machine to a plan, one idea per module."""

@@ -1,0 +1,70 @@
+"""Whole plans from demand paging: for irregular programs, and to compare with."""
+
+from memsched.cost import plan_seconds
+from memsched.passes.budgets import host_room
+from memsched.passes.keep import POLICIES, PolicyMaker
+from memsched.passes.lower.assemble import assemble
+from memsched.passes.lower.layout import Pool
+from memsched.passes.lower.paging import page, paging_moves
+from memsched.passes.needs import Needs
+from memsched.passes.search import Found, stacked
+from memsched.plan import Plan
+
+# Offsets by first fit may need more than the bytes in use: then it is tried with that much less.
+SHRINK = 0.96
+MOST_TRIES = 16
+# First fit takes quadratic time, and regular programs of this size are streamed better.
+MOST_WEIGHTS = 100
+
+
+def better_cached(needs: Needs, found: Found, *, repeat: bool) -> Plan:
+    """The faster of a plan and what the policies make of a small program."""
+    best, best_s = found.plan, found.seconds
+    if len(needs.weights) > MOST_WEIGHTS or best_s <= sum(needs.step_s):
+        return best
+    for maker in POLICIES.values():
+        plan = caching_plan(needs, found, maker, repeat=repeat)
+        if plan is not None:
+            seconds = plan_seconds(plan, needs.program, needs.machine, needs.cost)
+            if seconds < best_s:
+                best, best_s = plan, seconds
+    return best
+
+
+def caching_plan(
+    needs: Needs, found: Found, maker: PolicyMaker, *, repeat: bool, packed: bool = True
+) -> Plan | None:
+    """The plan that a cache with some policy amounts to, or None if it finds no room.
+
+    Args:
+        needs: the program and its machine.
+        found: another plan, from which the actions of everything but weights are taken.
+        maker: the policy.
+        repeat: whether the plan follows itself.
+        packed: whether weights get offsets; without them the plan is good for its seconds only.
+    """
+    room = needs.device_capacity_bytes - found.values.device_bytes
+    host = _host_pool(needs, host_room(needs, found.values), repeat=repeat)
+    budget = room
+    for _ in range(MOST_TRIES):
+        paged = page(needs, budget, maker, repeat=repeat)
+        if paged is None:
+            return None
+        moves = paging_moves(needs, paged, room, host, packed=packed)
+        if moves is not None:
+            return assemble(needs, moves, found.values)
+        budget = int(SHRINK * budget)
+    return None
+
+
+def _host_pool(needs: Needs, room: int, *, repeat: bool) -> Pool | None:
+    """What is read first rests in the host; room for one weight more is kept for the others."""
+    if needs.machine.device_is_host:
+        return None
+    largest = max((needs.host_bytes[name] for name in needs.weights), default=0)
+    resting, used = [], 0
+    for name in needs.weights if repeat else ():
+        if used + needs.host_bytes[name] <= room - largest:
+            resting.append(name)
+            used += needs.host_bytes[name]
+    return stacked(resting, needs.host_bytes, room)

@@ -1,0 +1,76 @@
+"""A program and a machine make a plan."""
+
+from collections.abc import Mapping
+
+from memsched.cost import CostModel, Remembered, Roofline
+from memsched.errors import ProgramError
+from memsched.machine import Machine
+from memsched.passes.budgets import fastest
+from memsched.passes.caching import better_cached
+from memsched.passes.needs import read_needs
+from memsched.passes.phases import plan_phases
+from memsched.plan import Plan
+from memsched.program import Program
+
+LEVELS = ("minimal",)
+
+
+def compile_plan(
+    program: Program,
+    machine: Machine,
+    cost: CostModel | None = None,
+    level: str = "minimal",
+    *,
+    repeat: bool = True,
+) -> Plan:
+    """The fastest plan for a program that keeps within the machine's budgets.
+
+    Args:
+        program: what to compute.
+        machine: where, and within which budgets.
+        cost: how long actions take; the machine's rates by default.
+        level: how far values may be changed. "minimal": not at all.
+        repeat: the plan follows itself, as decode steps do. Weights then lie after it as before it,
+            and what it fetches last is what it reads first. Otherwise it starts with all weights in
+            "nvme".
+
+    Raises:
+        DoesNotFitError: no plan keeps within the budgets; it names the smallest that would do.
+        ProgramError: the level is unknown, or an array is larger than a tier takes.
+    """
+    _check_level(level)
+    needs = read_needs(program, machine, Remembered(cost or Roofline()))
+    return better_cached(needs, fastest(needs, repeat=repeat), repeat=repeat)
+
+
+def compile_phases(
+    programs: Mapping[str, Program],
+    machine: Machine,
+    cost: CostModel | None = None,
+    level: str = "minimal",
+) -> Mapping[str, Plan]:
+    """Plans of phases that follow each other and share weights by name.
+
+    Each plan can follow itself. Weights that several phases keep have one offset, and what an
+    earlier phase keeps of a later one's weights the later one keeps, too: `bridge` moves the rest.
+
+    Args:
+        programs: what each phase computes, in order. The last one is repeated most.
+        machine: where, and within which budgets.
+        cost: how long actions take; the machine's rates by default.
+        level: how far values may be changed. "minimal": not at all.
+
+    Raises:
+        DoesNotFitError: a phase has no plan within the budgets.
+        ProgramError: the level is unknown, or an array is larger than a tier takes.
+    """
+    _check_level(level)
+    cost = cost or Roofline()
+    return plan_phases(
+        {key: read_needs(program, machine, Remembered(cost)) for key, program in programs.items()}
+    )
+
+
+def _check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ProgramError(f"level {level!r} is unknown; there are {', '.join(LEVELS)}")

@@ -1,0 +1,1 @@
+"""From a decision where arrays rest to a list of actions."""

@@ -1,0 +1,47 @@
+"""A report as plain data, for JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from memsched.report.summary import ArrayUse, Summary
+
+
+def to_dict(phases: Mapping[str, Summary]) -> dict[str, Any]:
+    """Phases by name. Gap, prices, baselines and arrays are those of the last one.
+
+    `seconds_p90` is null: this cost model does not know how wrong it is.
+    """
+    last = phases[list(phases)[-1]]
+    return {
+        "phases": {name: _phase(summary) for name, summary in phases.items()},
+        "gap": last.gap,
+        "prices": dict(last.prices_s_per_gb),
+        "baselines": dict(last.baselines),
+        "arrays": [_array(use) for use in last.arrays],
+    }
+
+
+def _phase(summary: Summary) -> dict[str, Any]:
+    return {
+        "seconds": summary.seconds,
+        "bound_seconds": summary.bound.seconds,
+        "bound_by": summary.bound.lane,
+        "seconds_p90": None,
+        "peak_bytes": {name: tier.peak_bytes for name, tier in summary.occupancy.items()},
+        "peak_parts": {name: dict(tier.parts) for name, tier in summary.occupancy.items()},
+        "link_bytes": summary.link_bytes,
+        "busy_seconds": {lane: use.busy_s for lane, use in summary.lanes.items()},
+        "steps": summary.steps,
+        "runs": summary.runs,
+        "actions": summary.actions,
+    }
+
+
+def _array(use: ArrayUse) -> dict[str, Any]:
+    return {
+        "name": use.name,
+        "nbytes": use.nbytes,
+        "tier": use.tier,
+        "codec": use.codec,
+        "why": use.role,
+    }

@@ -1,0 +1,149 @@
+"""What a plan does, as numbers: a pure function of plan, program, machine and cost model."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+from memsched.cost import CostModel, is_steady, lane_of, plan_seconds
+from memsched.machine import DEVICE, HOST, NVME, Machine
+from memsched.plan import Copy, Plan, Run
+from memsched.program import Program
+from memsched.report.bound import Bound, lower_bound, prices_s_per_gb
+from memsched.report.occupancy import Occupancy, occupancy
+
+# pinned: a weight that stays on the device. streamed: one that is copied there, from the tier that
+# keeps it. spilled: leaves the device and comes back. resident: given and stays. passing: given or
+# made, and freed. unread: a weight that no step of this program reads.
+Role = Literal["pinned", "streamed", "spilled", "resident", "passing", "unread"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayUse:
+    """An array, the slowest tier that it comes from or goes to, and its part in the plan."""
+
+    name: str
+    nbytes: int
+    kind: str
+    tier: str
+    codec: str
+    role: Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaneUse:
+    """A link, or "compute": actions on it, bytes over it (0 for compute), predicted seconds."""
+
+    actions: int
+    nbytes: int
+    busy_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """A plan in numbers.
+
+    `seconds` is one pass of a plan that can follow itself (`repeated`), else the whole plan.
+    `baselines` are predictions for other ways, None where one does not fit. `prices_s_per_gb` is
+    what 1 GB more of a tier takes off the bound.
+    """
+
+    steps: int
+    runs: int
+    actions: int
+    repeated: bool
+    seconds: float
+    bound: Bound
+    occupancy: Mapping[str, Occupancy]
+    lanes: Mapping[str, LaneUse]
+    arrays: tuple[ArrayUse, ...]
+    baselines: Mapping[str, float | None]
+    prices_s_per_gb: Mapping[str, float]
+
+    @property
+    def gap(self) -> float | None:
+        """How many times the bound the plan takes; None without a bound."""
+        return self.seconds / self.bound.seconds if self.bound.seconds else None
+
+    @property
+    def link_bytes(self) -> dict[str, int]:
+        """Bytes over each link in one pass."""
+        return {lane: use.nbytes for lane, use in self.lanes.items() if lane != "compute"}
+
+    def of_role(self, role: Role) -> tuple[ArrayUse, ...]:
+        """Arrays with this part, the largest first."""
+        found = [use for use in self.arrays if use.role == role]
+        return tuple(sorted(found, key=lambda use: (-use.nbytes, use.name)))
+
+
+def summarize(
+    plan: Plan,
+    program: Program,
+    machine: Machine,
+    cost: CostModel,
+    baselines: Mapping[str, float | None] | None = None,
+) -> Summary:
+    """What a plan that is right does. `baselines` are passed on."""
+    return Summary(
+        steps=len(program.steps),
+        runs=sum(isinstance(action, Run) for action in plan.actions),
+        actions=len(plan.actions),
+        repeated=is_steady(plan, program),
+        seconds=plan_seconds(plan, program, machine, cost),
+        bound=lower_bound(plan, program, machine, cost),
+        occupancy=occupancy(plan, program, machine),
+        lanes=_lanes(plan, program, machine, cost),
+        arrays=_arrays(plan, program),
+        baselines=dict(baselines or {}),
+        prices_s_per_gb=prices_s_per_gb(plan, program, machine, cost),
+    )
+
+
+def _lanes(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> dict[str, LaneUse]:
+    """Every lane of the machine, used or not: compute, then the links in the machine's order."""
+    actions: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    busy_s: dict[str, float] = {}
+    for action in plan.actions:
+        if isinstance(action, Copy | Run):
+            lane = lane_of(action)
+            actions[lane] += 1
+            nbytes[lane] += program.arrays[action.array].nbytes if isinstance(action, Copy) else 0
+            busy_s[lane] = busy_s.get(lane, 0.0) + cost.seconds(action, program, machine)
+    lanes = ["compute", *(f"{link.source}->{link.target}" for link in machine.links)]
+    return {lane: LaneUse(actions[lane], nbytes[lane], busy_s.get(lane, 0.0)) for lane in lanes}
+
+
+def _arrays(plan: Plan, program: Program) -> tuple[ArrayUse, ...]:
+    """Every array of the program, in its order."""
+    copies: dict[str, list[Copy]] = {}
+    for action in plan.actions:
+        if isinstance(action, Copy):
+            copies.setdefault(action.array, []).append(action)
+    pinned = {rest.array for rest in plan.entry if rest.tier == DEVICE}
+    stays = {rest.array for rest in plan.exit if rest.tier == DEVICE}
+    uses = []
+    for name, array in program.arrays.items():
+        moves = copies.get(name, [])
+        if array.kind == "weight":
+            role, tier = _weight_role(moves, pinned=name in pinned and name in stays)
+        else:
+            role, tier = _other_role(moves, stays=name in stays)
+        codec = next((move.codec for move in moves), "raw")
+        uses.append(ArrayUse(name, array.nbytes, array.kind, tier, codec, role))
+    return tuple(uses)
+
+
+def _weight_role(moves: list[Copy], *, pinned: bool) -> tuple[Role, str]:
+    if any(move.source == NVME for move in moves):
+        return "streamed", NVME
+    if moves:
+        return "streamed", HOST
+    return ("pinned", DEVICE) if pinned else ("unread", NVME)
+
+
+def _other_role(moves: list[Copy], *, stays: bool) -> tuple[Role, str]:
+    targets = {move.target for move in moves if move.target != DEVICE}
+    if targets:
+        return "spilled", NVME if NVME in targets else HOST
+    return ("resident" if stays else "passing"), DEVICE

@@ -1,0 +1,40 @@
+"""When each action was busy, and which action an exception belongs to."""
+
+import time
+from collections.abc import Sequence
+
+from memsched.cost.span import Span
+from memsched.plan import Action
+
+_NOTE = "while carrying out "
+
+
+class Record:
+    """Start and end of every action, in seconds of `time.perf_counter`."""
+
+    def __init__(self, actions: int) -> None:
+        self.start_s = time.perf_counter()
+        self._starts_s = [self.start_s] * actions
+        self._ends_s = [self.start_s] * actions
+
+    def busy(self, index: int, start_s: float, end_s: float, others: Sequence[int] = ()) -> None:
+        """An action's time; `others` went along with it and end with it."""
+        self._starts_s[index] = start_s
+        self._ends_s[index] = end_s
+        for other in others:
+            self._starts_s[other] = self._ends_s[other] = end_s
+
+    def spans(self) -> tuple[Span, ...]:
+        """All spans, counted from the start of the plan."""
+        zero = self.start_s
+        pairs = zip(self._starts_s, self._ends_s, strict=True)
+        return tuple(
+            Span(index, start - zero, end - zero) for index, (start, end) in enumerate(pairs)
+        )
+
+
+def blame(error: BaseException, index: int, action: Action) -> None:
+    """Note in an exception which action failed, unless one is noted already."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    if not any(note.startswith(_NOTE) for note in notes):
+        error.add_note(f"{_NOTE}action {index} {action}")

@@ -1,0 +1,237 @@
+"""What lies in each tier, and the threads that bring it there."""
+
+import functools
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from memsched.errors import PlanError
+from memsched.machine import DEVICE, HOST, NVME, Machine
+from memsched.program import ArraySpec
+from memsched.runtime.operations import CopyOp, FreeOp
+from memsched.runtime.ranges import Range, without
+from memsched.runtime.schedule import arena_tier
+from memsched.runtime.transfer import Transfer
+from memsched.stores.arena import Arena
+from memsched.stores.blocks import Bytes, StoredArray
+from memsched.stores.device import (
+    Sharding,
+    default_kind,
+    filled,
+    memory_of,
+    over_memory,
+    owned,
+    put,
+    settled,
+)
+from memsched.stores.reader import Reader
+from memsched.stores.spill import Spill
+
+
+class Tiers:
+    """Arrays by tier and name; owns the arena, the reader, the spill file and all threads.
+
+    `values` has what has arrived: arrays on "device" and "host", the generation of what was moved
+    out to "nvme". `arriving` has what is on its way. All methods are called from one thread.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        sources: Mapping[str, StoredArray],
+        device: jax.Device,
+        nvme_dir: Path | None,
+        nvme_space_bytes: int,
+    ) -> None:
+        names = [tier.name for tier in machine.tiers]
+        self.values: dict[str, dict[str, Any]] = {name: {} for name in names}
+        self.arriving: dict[str, dict[str, Transfer]] = {name: {} for name in names}
+        self._leaving: dict[tuple[str, str], list[Transfer]] = {}
+        self._sources = sources
+        kinds = {DEVICE: default_kind(device), HOST: "pinned_host"}
+        self._shardings = {
+            tier: Sharding(device, memory_kind=kind)
+            for tier, kind in kinds.items()
+            if tier in names
+        }
+        self._arena_tier = arena_tier(machine)
+        arena = machine.tier(self._arena_tier)
+        self._arena = Arena(arena.capacity_bytes, arena.alignment_bytes)
+        self._touched: tuple[Range, ...] = ()
+        self._over: dict[tuple[ArraySpec, int], Any] = {}
+        link = machine.link(NVME, self._arena_tier)
+        self._reader = Reader(link.queue_depth, link.block_bytes) if link else Reader()
+        self._spill: Spill | None = None
+        self._spill_lock = threading.Lock()
+        self._generation = 0
+        self._lanes: dict[tuple[str, str], ThreadPoolExecutor] = {}
+        try:
+            for name, stored in sources.items():
+                self._reader.record(name, stored)
+            if nvme_dir is not None:
+                self._spill = Spill(nvme_dir, nvme_space_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def read_bytes(self) -> int:
+        """What was read from disk so far."""
+        return self._reader.read_bytes + (self._spill.read_bytes if self._spill else 0)
+
+    @property
+    def written_bytes(self) -> int:
+        """What was written to disk so far."""
+        return self._spill.written_bytes if self._spill else 0
+
+    @property
+    def can_spill(self) -> bool:
+        """Whether arrays can be moved out to disk."""
+        return self._spill is not None
+
+    def use(self, ranges: tuple[Range, ...]) -> None:
+        """Give back all pages of the arena outside these ranges: the next plan never touches them.
+
+        Nothing may lie there any more.
+        """
+        if ranges != self._touched:
+            for first, end in without(self._touched, ranges):
+                self._arena.release(first, end - first)
+            self._touched = ranges
+
+    def take_over(self, tier: str, name: str, value: Any) -> None:
+        """An array from outside."""
+        self.values[tier][name] = owned(value, self._shardings[tier])
+
+    def copy(self, op: CopyOp) -> Transfer:
+        """Hand in a Copy; it goes on in the background."""
+        name, source, target = op.action.array, op.action.source, op.action.target
+        transfer = Transfer(op)
+        if source == NVME and op.offset is not None:
+            over = self._slot_array(op.spec, op.offset)
+            view = self._arena.view(op.offset, op.spec.nbytes)
+            transfer.follow(self._reader.read(name, self._sources[name], view), over)
+        else:
+            before = self.arriving[source].get(name)
+            value = self.values[source].get(name)
+            if target == NVME:
+                self._generation += 1
+            job = functools.partial(
+                self._carry, op, value, before, self._generation, transfer.times_s
+            )
+            transfer.follow(self._lane(source, target).submit(job))
+            leaving = self._leaving.setdefault((name, source), [])
+            leaving[:] = [*(other for other in leaving if not other.done), transfer]
+        self.arriving[target][name] = transfer
+        return transfer
+
+    def arrive(self, tier: str, name: str) -> None:
+        """Wait until an array that is on its way has arrived."""
+        self.values[tier][name] = self.arriving[tier][name].result()
+        del self.arriving[tier][name]
+
+    def leave(self, tier: str, name: str) -> None:
+        """Wait until nobody copies an array from a tier any more."""
+        for transfer in self._leaving.pop((name, tier), ()):
+            transfer.result()
+
+    def free(self, op: FreeOp) -> None:
+        """Forget an array that nothing uses any more."""
+        tier, name = op.action.tier, op.action.array
+        if name in self.arriving[tier]:
+            self.arrive(tier, name)
+        self.leave(tier, name)
+        value = self.values[tier].pop(name)
+        if tier == NVME:
+            self._free_spilled(name)
+        elif op.offset is None and isinstance(value, jax.Array):
+            value.delete()
+
+    def abandon(self) -> None:
+        """Let everything under way end, and forget all arrays."""
+        transfers = [transfer for tier in self.arriving.values() for transfer in tier.values()]
+        for leaving in self._leaving.values():
+            transfers += leaving
+        for transfer in transfers:
+            transfer.settle()
+        for name in (*self.values.get(NVME, ()), *self.arriving.get(NVME, ())):
+            self._free_spilled(name)
+        for tier in (*self.values.values(), *self.arriving.values()):
+            tier.clear()
+        self._leaving.clear()
+
+    def close(self) -> None:
+        """End all threads, remove the spill file, give the memory back."""
+        self._reader.close()
+        if self._spill:
+            self._spill.close()
+        for lane in self._lanes.values():
+            lane.shutdown(wait=True, cancel_futures=True)
+        for tier in (*self.values.values(), *self.arriving.values()):
+            tier.clear()
+        self._leaving.clear()
+        self._over.clear()
+        self._arena.close()
+
+    def _slot_array(self, spec: ArraySpec, offset: int) -> Any:
+        """The array over a slot, made once: streaming allocates nothing."""
+        key = (spec, offset)
+        if key not in self._over:
+            view = self._arena.view(offset, spec.nbytes)
+            self._over[key] = over_memory(view, spec, self._shardings[self._arena_tier])
+        return self._over[key]
+
+    def _lane(self, source: str, target: str) -> ThreadPoolExecutor:
+        """The thread of a link: its transfers follow one another."""
+        key = (source, target)
+        if key not in self._lanes:
+            self._lanes[key] = ThreadPoolExecutor(1, f"memsched-{source}-{target}")
+        return self._lanes[key]
+
+    def _carry(
+        self,
+        op: CopyOp,
+        value: Any,
+        before: Transfer | None,
+        generation: int,
+        times_s: list[float],
+    ) -> Any:
+        """One Copy, on its link's thread: gives the array in its new place."""
+        if before is not None:
+            value = before.result()
+        times_s[0] = time.perf_counter()
+        if op.action.target == NVME:
+            self._write(op.action.array, generation, memory_of(value))
+            return generation
+        sharding = self._shardings[op.action.target]
+        if op.action.source == NVME:
+            fill = functools.partial(self._read, op.action.array, value)
+            return filled(op.spec, sharding, fill)
+        if op.offset is not None:
+            self._arena.view(op.offset, op.spec.nbytes)[:] = memory_of(value)
+            return self._slot_array(op.spec, op.offset)
+        return settled(put(value, sharding))
+
+    def _write(self, name: str, generation: int, data: Bytes) -> None:
+        with self._spill_lock:
+            written = self._spilling().write(name, generation, data)
+        written.result()
+
+    def _read(self, name: str, generation: int, target: Bytes) -> None:
+        with self._spill_lock:
+            read = self._spilling().read(name, generation, target)
+        read.result()
+
+    def _free_spilled(self, name: str) -> None:
+        with self._spill_lock:
+            self._spilling().free(name)
+
+    def _spilling(self) -> Spill:
+        if self._spill is None:
+            raise PlanError("the plan moves arrays out to disk: give the executor an nvme_dir")
+        return self._spill

@@ -1,0 +1,1 @@
+"""How `memsched.trace` reads jaxprs. Nothing else in memsched looks into one."""

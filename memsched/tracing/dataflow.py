@@ -1,0 +1,56 @@
+"""What flows where inside a jaxpr: which inputs are read at all, and which become which output."""
+
+from collections.abc import Sequence
+
+import jax.extend.core as jex
+
+from memsched.tracing.graph import aval, body_of, words
+
+# Their result is their operand of the same shape, changed here and there or everywhere.
+IN_PLACE = words(
+    "add add_any and convert_element_type copy div dynamic_update_slice exp integer_pow log "
+    "logistic max min mul ne neg not or pow rem rsqrt scatter scatter-add scatter_add scatter_mul "
+    "scatter_sub scatter_min scatter_max select_n sign sqrt square sub tanh xor"
+)
+
+
+def read_inputs(jaxpr: jex.Jaxpr) -> tuple[bool, ...]:
+    """For every input, whether anything depends on it that is not thrown away at once."""
+    read = {id(var) for var in jaxpr.outvars}
+    for equation in jaxpr.eqns:
+        body = body_of(equation)
+        flags = [True] * len(equation.invars) if body is None else read_inputs(body)
+        read |= {id(var) for var, flag in zip(equation.invars, flags, strict=True) if flag}
+    return tuple(id(var) in read for var in jaxpr.invars)
+
+
+def origins(jaxpr: jex.Jaxpr) -> list[frozenset[int]]:
+    """For every output the inputs that it may be the next version of.
+
+    These are reached through equations whose result has the shape of an operand and is made of it
+    value by value, or by writing a part of it.
+    """
+    start = [frozenset({index}) for index in range(len(jaxpr.invars))]
+    return _follow(jaxpr, start)
+
+
+def _follow(jaxpr: jex.Jaxpr, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    nothing: frozenset[int] = frozenset()
+    found = dict(zip(map(id, jaxpr.invars), inputs, strict=True))
+    for equation in jaxpr.eqns:
+        operands = [found.get(id(var), nothing) for var in equation.invars]
+        if not any(operands):
+            continue
+        body = body_of(equation)
+        if body is not None:
+            results = _follow(body, operands)
+            found.update(zip(map(id, equation.outvars), results, strict=True))
+        elif equation.primitive.name in IN_PLACE:
+            shape = aval(equation.outvars[0]).shape
+            same = [
+                origin
+                for var, origin in zip(equation.invars, operands, strict=True)
+                if aval(var).shape == shape
+            ]
+            found[id(equation.outvars[0])] = nothing.union(*same)
+    return [found.get(id(var), nothing) for var in jaxpr.outvars]

@@ -1,0 +1,156 @@
+"""The measured process: a model that does what it is told, and says how long it took.
+
+python -m qwen3vl_jax.benchmark.capped_child
+
+Every line of stdin is an order, a JSON object with the name of a method of `Worker` under "do" and
+its arguments; every line of stdout the answer to one. An order that fails is answered by "error".
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax import console
+from qwen3vl_jax.benchmark.work import Workload, inputs, repetitive_inputs
+from qwen3vl_jax.errors import Qwen3VLError
+
+# Tokens that were seen are a thousand times as likely: so random weights repeat themselves.
+REPEATING = 0.001
+
+
+class Worker:
+    """A model, and a conversation with it."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._cache: Any = None
+        self._token = 0
+        self._planned = False
+
+    def load(self, path: str, dtype: str, device_memory: int | None) -> dict[str, Any]:
+        """Opens a checkpoint: planned within a budget, or all in memory."""
+        from qwen3vl_jax import Qwen3VL
+
+        start = time.perf_counter()
+        budget = None if device_memory is None else int(device_memory)
+        self._model = Qwen3VL.from_pretrained(path, dtype=dtype, device_memory=budget)
+        self._planned = budget is not None
+        return {"load_s": time.perf_counter() - start}
+
+    def start(self, text_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """Begins a conversation with a short prompt, with room for so many tokens."""
+        arrays = inputs(self._workload(text_tokens), seed=0)
+        cache = self._model.new_cache(batch=1, capacity=text_tokens + new_tokens)
+        scores, self._cache = self._model.prefill(arrays, cache)
+        self._token = int(np.argmax(scores))
+        return {}
+
+    def decode(self, tokens: int) -> dict[str, Any]:
+        """Decodes; seconds, bytes and compute of every token."""
+        found: dict[str, Any] = {"seconds": [], "read_bytes": [], "compute_s": []}
+        for _ in range(tokens):
+            before, start = _disk_bytes(), time.perf_counter()
+            token = np.array([self._token], np.int32)
+            scores, self._cache = self._model.decode(token, self._cache)
+            self._token = int(np.argmax(scores))
+            found["seconds"].append(time.perf_counter() - start)
+            found["read_bytes"].append(_disk_bytes() - before)
+            if self._planned:
+                from qwen3vl_jax.planned.figures import last_pass
+
+                figures = last_pass(self._model, "decode")
+                found["compute_s"].append(figures.compute_s)
+                found["plan_bytes"] = figures.plan_bytes
+        return found
+
+    def prompt(self, text_tokens: int, width: int, height: int) -> dict[str, Any]:
+        """Takes in a prompt with a picture up to its first token."""
+        work = self._workload(text_tokens, width, height)
+        arrays = inputs(work, seed=0)
+        self._cache = None
+        start = time.perf_counter()
+        features = self._model.encode(arrays)
+        if features is not None:
+            features.tokens.block_until_ready()
+        seen = time.perf_counter()
+        cache = self._model.new_cache(batch=1, capacity=work.prompt_tokens + 1)
+        scores, _ = self._model.prefill(arrays, cache, features=features)
+        scores.block_until_ready()
+        return {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen}
+
+    def answer(self, tokens: int, draft: str | None, room: int) -> dict[str, Any]:
+        """Answers a prompt that repeats itself; the first two tokens are not timed."""
+        from qwen3vl_jax.generation import GenerationSettings, Session
+
+        arrays = repetitive_inputs(self._workload(1), seed=0)
+        session = Session(self._model, batch=1, capacity=room)
+        settings = GenerationSettings(
+            max_new_tokens=tokens, repetition_penalty=REPEATING, draft=draft
+        )
+        session.prompt(arrays, capacity=room)
+        chosen, times = [], []
+        for step in session.answer(settings):
+            chosen.append(int(step.tokens[0]))
+            times.append(time.perf_counter())
+        return {
+            "tokens": chosen,
+            "tokens_per_s": (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None,
+            "passes": session.drafts.passes,
+            "accepted": session.drafts.accepted,
+        }
+
+    def peaks(self) -> dict[str, Any]:
+        """The most memory that the process has had, and its arrays by the runtime's own count."""
+        found: dict[str, Any] = {"process_bytes": console.peak_process_bytes()}
+        if self._planned:
+            from qwen3vl_jax.planned.figures import ledger_peak_bytes
+
+            found["ledger_bytes"] = ledger_peak_bytes(self._model)["device"]
+        return found
+
+    def _workload(self, text_tokens: int, width: int = 0, height: int = 0) -> Workload:
+        model = self._model
+        return Workload(model.config, model.dtype.name, text_tokens, height, width, 1)
+
+
+def serve() -> int:
+    """Carries out orders until there are no more."""
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker()
+    for line in sys.stdin:
+        answers.write(json.dumps(_carry_out(worker, json.loads(line))) + "\n")
+        answers.flush()
+    return 0
+
+
+def _carry_out(worker: Worker, order: dict[str, Any]) -> dict[str, Any]:
+    orders = {
+        "load": worker.load,
+        "start": worker.start,
+        "decode": worker.decode,
+        "prompt": worker.prompt,
+        "answer": worker.answer,
+        "peaks": worker.peaks,
+    }
+    try:
+        found = orders[order.pop("do")](**order)
+    except (Qwen3VLError, ValueError, MemoryError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
+def _disk_bytes() -> int:
+    """Bytes that the system has fetched from disks for this process so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+if __name__ == "__main__":
+    console.leave(serve())

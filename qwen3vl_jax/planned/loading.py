@@ -1,0 +1,152 @@
+"""A model whose weights stay where they are, until a plan brings them.
+
+model = load(path, dtype=None, budgets=Budgets(device_memory="1.5GB"))
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from memsched.detect import detect, with_limits
+from memsched.machine import DEVICE, HOST, NVME, Machine
+from memsched.profiles import load_machine
+from memsched.sizes import parse_size
+from memsched.stores.blocks import Block, StoredArray
+from qwen3vl_jax.checkpoints.manifest import chunk_rows
+from qwen3vl_jax.checkpoints.opening import Checkpoint, open_checkpoint
+from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.generation_settings import load_settings
+from qwen3vl_jax.model import Qwen3VL, named_dtype
+from qwen3vl_jax.network import abstract_network
+from qwen3vl_jax.planned.rows import EmbeddingRows
+from qwen3vl_jax.planned.runner import PlannedRunner
+from qwen3vl_jax.weights import Entry, arrays, table
+
+VOCAB_BLOCKS = 8
+MEASURE_S = 0.3
+WORKING_BYTES = 512 << 20  # caches and workspace of an ordinary prompt
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a user allows. None is what is free; sizes are bytes or text like "1.5GiB"."""
+
+    device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    nvme_dir: str | Path | None = None
+    nvme_space: int | str | None = None
+    level: str = "minimal"
+    machine: str | Path | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is limited, so that a plan is wanted."""
+        return self != Budgets()
+
+
+def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
+    """A model that keeps within the budgets.
+
+    Raises:
+        UsageError: a budget that makes no sense, or weights that cannot be read in place.
+        ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
+        StorageError: it cannot be read.
+    """
+    config = load_config(path)
+    chosen = named_dtype(config.dtype if dtype is None else dtype)
+    machine = this_machine(budgets)
+    rows = vocab_rows(config, chosen)
+    network = abstract_network(config, dtype=chosen, vocab_rows=rows)
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path, config))
+        entries = table(config, vocab_rows=rows)
+        _check_dtype(checkpoint, entries, chosen, path)
+        runner = PlannedRunner(
+            network,
+            config,
+            machine,
+            sources(checkpoint, entries),
+            EmbeddingRows(checkpoint, _embedding(config)),
+            nvme_dir=_folder(budgets),
+            nvme_space_bytes=_bytes(budgets.nvme_space) or 0,
+        )
+        runner.owned.push(stack.pop_all())
+    return Qwen3VL(config, network, load_settings(path), runner=runner)
+
+
+def fits(nbytes: int) -> bool:
+    """Whether weights of so many bytes, and what steps need beside them, fit what is free now."""
+    device = this_machine(Budgets(), measure_s=0.0).tier(DEVICE)
+    return nbytes + WORKING_BYTES <= device.capacity_bytes
+
+
+def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
+    """The machine at hand, or the one of a file, within the budgets.
+
+    Args:
+        measure_s: how long disk and processor are measured; with 0 their rates are assumed.
+    """
+    if budgets.level != "minimal":
+        raise UsageError(
+            f"level {budgets.level!r} is unknown; this version has minimal, which changes no bit"
+        )
+    if budgets.machine is not None:
+        machine = load_machine(Path(budgets.machine))
+    else:
+        machine = detect(_folder(budgets), measure_s=measure_s)
+    asked = {
+        DEVICE: _bytes(budgets.device_memory),
+        HOST: _bytes(budgets.host_memory),
+        NVME: _bytes(budgets.nvme_space),
+    }
+    if asked[NVME] is None and budgets.nvme_dir is None:
+        asked[NVME] = 0
+    return with_limits(machine, {name: size for name, size in asked.items() if size is not None})
+
+
+def vocab_rows(config: Config, dtype: np.dtype) -> int:
+    """Rows of a block of the vocabulary matrices: an eighth, in whole chunks of a store."""
+    vocab = config.text.vocab_size
+    chunk = chunk_rows((vocab, config.text.hidden_size), dtype.itemsize)
+    return -(-vocab // (VOCAB_BLOCKS * chunk)) * chunk
+
+
+def sources(checkpoint: Checkpoint, entries: tuple[Entry, ...]) -> Mapping[str, StoredArray]:
+    """Where the bytes of every weight lie."""
+    found = {}
+    for entry in entries:
+        blocks = tuple(
+            Block(extent.path, extent.offset, extent.nbytes, extent.used_bytes, extent.checksum)
+            for extent in checkpoint.extents(entry)
+        )
+        found[entry.path] = StoredArray(sum(block.used_bytes for block in blocks), blocks)
+    return found
+
+
+def _embedding(config: Config) -> Entry:
+    return next(e for e in arrays(config) if e.path == "language_model.embed_tokens.weight")
+
+
+def _check_dtype(
+    checkpoint: Checkpoint, entries: tuple[Entry, ...], chosen: np.dtype, path: str | Path
+) -> None:
+    for entry in entries:
+        found = checkpoint.dtype_of(entry)
+        if found != chosen:
+            raise UsageError(
+                f"{path}: {entry.path!r} is stored as {found}, and is streamed as it is, but "
+                f"{chosen} is wanted; convert it with scripts/convert.py --dtype {chosen}, or "
+                f"give --dtype {found}"
+            )
+
+
+def _folder(budgets: Budgets) -> Path | None:
+    return None if budgets.nvme_dir is None else Path(budgets.nvme_dir)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return size if size is None or isinstance(size, int) else parse_size(size)

@@ -1,0 +1,33 @@
+"""The command-line options that limit memory, for every script that has them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+LEVELS = ("minimal",)
+
+
+def add_budget_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --device-memory and its like. Sizes are checked when they are used."""
+    group = parser.add_argument_group(
+        "memory",
+        "With a limit, weights stay in their files and are brought as a plan says. Sizes are like "
+        "512MB, 1.5GiB, or plain bytes.",
+    )
+    add = group.add_argument
+    add(
+        "--device-memory",
+        metavar="SIZE",
+        help="for weights, caches and computing; Python and JAX take some 0.4 GB beside it",
+    )
+    add("--host-memory", metavar="SIZE", help="main memory beside an accelerator")
+    add("--nvme-dir", type=Path, metavar="DIR", help="where arrays may be moved out to")
+    add("--nvme-space", metavar="SIZE", help="how much of that directory; reserved at once")
+    add("--level", choices=LEVELS, default=LEVELS[0], help="minimal changes no bit of the answer")
+    add("--machine", type=Path, metavar="TOML", help="rates and sizes of the machine, unmeasured")
+
+
+def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What those options say, as arguments of `Qwen3VL.from_pretrained` and of `Budgets`."""
+    names = ("device_memory", "host_memory", "nvme_dir", "nvme_space", "level", "machine")
+    return {name: getattr(options, name) for name in names}

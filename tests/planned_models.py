@@ -1,0 +1,110 @@
+"""Planned models of tests: machines to plan for, traces that are shared, what a model answers."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memsched.machine import DEVICE, HOST, NVME, Compute, Link, Machine, Tier
+from memsched.profiles import write_machine
+from qwen3vl_jax.checkpoints.conversion import to_store
+from qwen3vl_jax.model import Qwen3VL
+from qwen3vl_jax.planned import loading, runner
+from qwen3vl_jax.planned.loading import Budgets
+
+ROOM_BYTES = 1 << 30
+LARGEST_ARRAY_BYTES = 1 << 40
+# Rates at which a tiny model's weights take about as long to arrive as to be read.
+DISK = {"bytes_per_s": 1e9, "latency_s": 1e-4, "block_bytes": 4 << 20, "queue_depth": 4}
+COMPUTE = Compute(1e11, 2e10, 5e-6)
+
+
+class Silent:
+    """A progress that nobody sees."""
+
+    def stage(self, name: str, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+
+def store_of(checkpoint: Path, destination: Path) -> Path:
+    """The checkpoint as a converted store."""
+    to_store(checkpoint, destination, dtype="keep", progress=Silent())
+    return destination
+
+
+def machine_file(folder: Path, tiers: int) -> Path:
+    """A machine with room for everything. With three tiers the host one is emulated on the CPU."""
+    path = folder / f"{tiers}tiers.toml"
+    near = HOST if tiers == 3 else DEVICE
+    links = [Link(NVME, near, **DISK), Link(near, NVME, **DISK)]
+    names = [DEVICE, NVME]
+    if tiers == 3:
+        names.insert(1, HOST)
+        links += [Link(HOST, DEVICE, 5e9, 1e-5), Link(DEVICE, HOST, 5e9, 1e-5)]
+    found = tuple(Tier(name, ROOM_BYTES, LARGEST_ARRAY_BYTES, 4096) for name in names)
+    write_machine(Machine("test", "cpu", found, tuple(links), COMPUTE), path)
+    return path
+
+
+def planned(path: Path, **budgets: Any) -> Qwen3VL:
+    """A model that keeps within budgets; the caller closes it."""
+    return loading.load(path, dtype=None, budgets=Budgets(**budgets))
+
+
+def runner_of(model: Qwen3VL) -> runner.PlannedRunner:
+    """What carries out the phases of a planned model."""
+    found = model._runner
+    assert isinstance(found, runner.PlannedRunner)
+    return found
+
+
+def share_traces(patch: pytest.MonkeyPatch) -> None:
+    """Models of one configuration trace and compile a phase once: budgets change no program."""
+    networks: dict[Any, Any] = {}
+    traces: dict[Any, Any] = {}
+    make_network, make_trace = loading.abstract_network, runner.trace_phase
+
+    def network(config: Any, *, dtype: Any, vocab_rows: int) -> Any:
+        key = config, dtype, vocab_rows
+        if key not in networks:
+            networks[key] = make_network(config, dtype=dtype, vocab_rows=vocab_rows)
+        return networks[key]
+
+    def trace(phase: Any, network: Any, arrays: Any) -> Any:
+        shapes = str([(leaf.shape, leaf.dtype) for leaf in runner.jax.tree.leaves(arrays)])
+        key = id(network), phase.name, shapes, runner.jax.tree.structure(arrays)
+        if key not in traces:
+            traces[key] = make_trace(phase, network, arrays)
+        return traces[key]
+
+    patch.setattr(loading, "abstract_network", network)
+    patch.setattr(runner, "trace_phase", trace)
+
+
+def answers(
+    model: Qwen3VL, inputs: Mapping[str, np.ndarray], *, tokens: int = 3
+) -> list[np.ndarray]:
+    """Scores at every position, after the prompt, and after each of some tokens."""
+    batch, length = inputs["input_ids"].shape
+    cache = model.new_cache(batch=batch, capacity=length + tokens)
+    scores, cache = model.prefill(inputs, cache)
+    found = [np.asarray(scores)]
+    for _ in range(tokens):
+        scores, cache = model.decode(found[-1].argmax(-1).astype(np.int32), cache)
+        found.append(np.asarray(scores))
+    return found
+
+
+def told(model: Qwen3VL, inputs: Mapping[str, np.ndarray], *, tokens: int = 3) -> np.ndarray:
+    """Prompt and greedily chosen tokens, to the last one."""
+    greedy = {"do_sample": False, "eos_token_id": ()}
+    return model.generate(**inputs, max_new_tokens=tokens, **greedy)
+
+
+def our_threads() -> list[str]:
+    """Names of the threads of executors."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("memsched")]
