@@ -35,13 +35,17 @@ _CAPTION_KINDS = ("word", "number", "text")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """Shape of a batch: rows, pictures in each row, tokens of each row, most turns in each row."""
+    """Shape of a batch: rows, pictures in each row, tokens of each row, most turns in each row.
+
+    `numbered`: every vision token is to say which picture it is of.
+    """
 
     name: str
     rows: int
     pictures: int
     tokens: int
     turns: int
+    numbered: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +126,8 @@ def make_batch(
     """Batch `number` of a stream: the processor's arrays, and `labels` and `kinds` [rows, tokens].
 
     `labels` holds an answer's token where it stands and IGNORED elsewhere, `wording` likewise the
-    tokens of questions; `kinds` the index of the question's kind at answers and -1 elsewhere.
+    tokens of questions; `kinds` the index of the question's kind at answers and -1 elsewhere. A
+    numbered layout has `ordinals` too: at the place after a vision token, its picture's ordinal.
     """
     rng = np.random.default_rng((20260922, stream, number))
     shape = (layout.rows, layout.tokens)
@@ -139,7 +144,8 @@ def make_batch(
         rows = (tokens[row], labels[row], wording[row], kinds[row])
         used = _fill(chat, asked, layout.pictures, *rows)
         mask[row, :used] = 1
-    return {
+    numbered = {"ordinals": _ordinals(chat, tokens)} if layout.numbered else {}
+    return numbered | {
         "input_ids": tokens,
         "attention_mask": mask,
         "mm_token_type_ids": (tokens == chat.image_pad).astype(np.int32),
@@ -149,6 +155,21 @@ def make_batch(
         "wording": wording,
         "kinds": kinds,
     }
+
+
+def _ordinals(chat: ChatTokens, tokens: np.ndarray) -> np.ndarray:
+    """Labels for vision tokens, each at the place after it: "first" or "second".
+
+    Rows take turns between an answer's spelling and a question's, as in `_both_spellings`. Without
+    this "which picture" stayed at chance for 9,400 steps: nothing in a vision token told the second
+    picture from the first.
+    """
+    labels = np.full(tokens.shape, IGNORED, np.int32)
+    for index, row in enumerate(tokens):
+        for nth, place in enumerate(np.flatnonzero(row == chat.image_pad)):
+            ordinal = questions.ORDINALS[nth // TOKENS_PER_PICTURE]
+            labels[index, place + 1] = chat.encode(f" {ordinal}" if index % 2 else ordinal)[0]
+    return labels
 
 
 def make_naming_batch(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from qwen3vl_jax import inputs
+from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.demo import recipe
 from qwen3vl_jax.demo.batches import (
@@ -23,9 +24,16 @@ from qwen3vl_jax.demo.batches import (
     make_naming_batch,
 )
 from qwen3vl_jax.demo.questions import KINDS
-from qwen3vl_jax.frames import AnyArray, Piece, block_order, table_taps
+from qwen3vl_jax.frames import Piece, block_order, table_taps
 from qwen3vl_jax.inputs import INPUT_NAMES
-from qwen3vl_jax.network import Batch, Qwen3VLNetwork, forward, network_from_arrays
+from qwen3vl_jax.network import (
+    Batch,
+    Qwen3VLNetwork,
+    abstract_network,
+    forward,
+    named_arrays,
+    network_from_arrays,
+)
 from qwen3vl_jax.text import head
 from qwen3vl_jax.train import Loss, Parameters, cross_entropy
 from qwen3vl_jax.vision import encode_frames
@@ -33,17 +41,21 @@ from qwen3vl_jax.vision import encode_frames
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["batch", "labels", "wording", "kinds"],
+    data_fields=["batch", "labels", "wording", "kinds", "ordinals"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turns:
-    """What the network reads, tokens of the answers and of the questions, kinds of question."""
+    """What the network reads, tokens of the answers and of the questions, kinds of question.
+
+    `ordinals` say at vision tokens which picture they are of; None where that is not asked.
+    """
 
     batch: Batch
     labels: AnyArray
     wording: AnyArray
     kinds: AnyArray
+    ordinals: AnyArray | None
 
 
 @functools.partial(
@@ -70,6 +82,7 @@ def prepare(arrays: dict[str, np.ndarray], config: Config) -> Turns:
         arrays["labels"],
         arrays["wording"],
         arrays["kinds"],
+        arrays.get("ordinals"),
     )
 
 
@@ -99,6 +112,9 @@ def batches(chat: ChatTokens, config: Config, number: int) -> Turns | Naming:
 
 def make_loss(network: Qwen3VLNetwork, config: Config, end_token: int) -> Loss:
     """The loss of either kind of batch, with a metric for each kind of question or cell."""
+    text = dataclasses.replace(config.text, num_hidden_layers=recipe.NUMBERING_LAYERS)
+    shallow_config = dataclasses.replace(config, text=text)
+    shallow = abstract_network(shallow_config, dtype=jnp.float32)
 
     def loss(
         parameters: Parameters, batch: Turns | Naming
@@ -106,9 +122,26 @@ def make_loss(network: Qwen3VLNetwork, config: Config, end_token: int) -> Loss:
         filled = network_from_arrays(network, parameters)
         if isinstance(batch, Naming):
             return naming_loss(filled, batch, config)
-        return answer_loss(filled, batch, config, end_token)
+        total, metrics = answer_loss(filled, batch, config, end_token)
+        if batch.ordinals is None:
+            return total, metrics
+        numbering = numbering_loss(shallow, shallow_config, parameters, batch)
+        return total + jnp.float32(recipe.NUMBERING_SHARE) * numbering, metrics
 
     return loss
+
+
+def numbering_loss(
+    shallow: Qwen3VLNetwork, config: Config, parameters: Parameters, turns: Turns
+) -> jax.Array:
+    """Cross entropy of the picture's ordinal at every vision token after the first layers.
+
+    After the last layer it is learnt as well, but there (measured after 1,400 steps) only the last
+    layer knows it, and no later one can use it.
+    """
+    first = {name: parameters[name] for name in named_arrays(shallow)}
+    logits = forward(network_from_arrays(shallow, first), turns.batch, config)
+    return cross_entropy(logits, jnp.asarray(turns.ordinals))
 
 
 def answer_loss(

@@ -12,11 +12,18 @@ NAMING = Layout("naming", rows=64, pictures=1, tokens=0, turns=0)
 FULL = Layout("full", rows=32, pictures=1, tokens=68, turns=1)
 ONE = Layout("one", rows=32, pictures=1, tokens=112, turns=4)
 TWO = Layout("two", rows=16, pictures=2, tokens=132, turns=4)
+PAIRS = Layout("pairs", rows=24, pictures=2, tokens=132, turns=4, numbered=True)
 NAMING_STEPS = 1300
+FIRST_CYCLE = 8000
 WORDING_SHARE = 0.3
+NUMBERING_SHARE = 0.3
+NUMBERING_LAYERS = 1  # after so many layers a vision token is to know its picture
 SETTINGS = Settings(
-    steps=8000,
-    rates=((0, 0.0), (40, 1.5e-3), (4600, 1.5e-3), (8000, 0.0)),
+    steps=14000,
+    rates=(
+        *((0, 0.0), (40, 1.5e-3), (4600, 1.5e-3), (FIRST_CYCLE, 0.0)),
+        *((FIRST_CYCLE + 50, 1.2e-3), (10800, 1.2e-3), (14000, 0.0)),
+    ),
     save_every_steps=100,
     log_every_steps=20,
 )
@@ -111,15 +118,24 @@ _ALL = _ONE | {
     "which": 4.0,
     "several": 6.0,
 }
+_APART = _ONE | {"which": 8.0, "several": 2.0}
+_LAST = _ALL | {"which": 8.0, "count": 3.0, "number": 2.0, "text": 1.2, "several": 5.0}
 
 
 # First the vision tower alone learns to name what is in each cell. Then descriptions, then
-# questions. Those about several things at once say more per token than single ones.
+# questions. Those about several things at once say more per token than single ones. The second
+# cycle tells two pictures apart, on simple scenes first.
 CURRICULUM = (
     Stage(NAMING_STEPS, Mixture(SceneRange(0, 5, 0.9), {}, 0.0), (NAMING,)),
     Stage(NAMING_STEPS + 200, Mixture(SceneRange(1, 4, 0.5), _ALL, 1.0), (FULL,)),
     Stage(NAMING_STEPS + 1300, Mixture(SceneRange(1, 3, 0.5), _ALL, 0.4), (ONE, NAMING, ONE)),
-    Stage(SETTINGS.steps, Mixture(SceneRange(1, 4, 0.6), _ALL, 0.25), (ONE, TWO, ONE, NAMING)),
+    Stage(FIRST_CYCLE, Mixture(SceneRange(1, 4, 0.6), _ALL, 0.25), (ONE, TWO, ONE, NAMING)),
+    Stage(FIRST_CYCLE + 1000, Mixture(SceneRange(1, 2, 0.4), _APART, 0.5), (PAIRS, PAIRS, ONE)),
+    Stage(
+        SETTINGS.steps,
+        Mixture(SceneRange(1, 4, 0.6), _LAST, 0.25),
+        (PAIRS, ONE, PAIRS, ONE, NAMING),
+    ),
 )
 
 

@@ -205,6 +205,19 @@ def test_a_training_row_is_what_the_processor_makes_of_the_chat(
     assert processor.decode(labelled) == "".join(question.answer for question in asked)
 
 
+def test_a_vision_token_is_to_say_which_picture_it_is_of(chat: batches.ChatTokens) -> None:
+    layout = batches.Layout("test", rows=2, pictures=2, tokens=80, turns=1, numbered=True)
+    mixture = recipe.plan(recipe.SETTINGS.steps - 1)[1]
+    arrays = batches.make_batch(chat, layout, mixture, stream=9, number=2)
+    ordinals = arrays["ordinals"]
+    # <|im_start|>user\n<|vision_start|>, nine vision tokens, two borders, nine vision tokens.
+    for row, (first, second) in enumerate((("first", "second"), (" first", " second"))):
+        labelled = np.flatnonzero(ordinals[row] != batches.IGNORED)
+        assert labelled.tolist() == [*range(5, 14), *range(16, 25)]
+        assert set(ordinals[row, 5:14].tolist()) == set(chat.encode(first))
+        assert set(ordinals[row, 16:25].tolist()) == set(chat.encode(second))
+
+
 def test_unpadded_training_pieces_give_the_logits_of_the_model_itself(
     chat: batches.ChatTokens,
 ) -> None:
@@ -264,7 +277,8 @@ def test_letters_are_named_in_the_cell_where_their_ink_is() -> None:
 
 # A little under what README says, because these are other questions.
 @pytest.mark.parametrize(
-    ("pictures", "held_out", "share"), [(1, False, 0.86), (1, True, 0.85), (2, False, 0.6)]
+    ("pictures", "held_out", "share"),
+    [(1, False, 0.93), (1, True, 0.92), (2, False, 0.9), (2, True, 0.87)],
 )
 def test_the_shipped_checkpoint_answers_unseen_questions(
     processor: Processor, pictures: int, held_out: bool, share: float
@@ -296,7 +310,7 @@ def test_most_questions_about_the_pictures_in_examples_are_answered(processor: P
             **inputs, max_new_tokens=80, eos_token_id=processor.tokenizer.eos_token_id
         )
         right += processor.decode(tokens[0, inputs["input_ids"].shape[1] :]) == entry["answer"]
-    assert right >= 0.75 * len(listed)
+    assert right >= 0.9 * len(listed)
 
 
 def test_the_first_question_of_readme_is_answered_right(processor: Processor) -> None:
