@@ -102,9 +102,7 @@ class Machine:
         for name in capacities:
             self.tier(name)
         tiers = tuple(
-            dataclasses.replace(
-                tier, capacity_bytes=capacities.get(tier.name, tier.capacity_bytes)
-            )
+            dataclasses.replace(tier, capacity_bytes=capacities.get(tier.name, tier.capacity_bytes))
             for tier in self.tiers
         )
         return dataclasses.replace(self, tiers=tiers)

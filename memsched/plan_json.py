@@ -26,8 +26,8 @@ from memsched.errors import PlanError
 from memsched.machine import Machine
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Program
+from memsched.referee import verify
 from memsched.sizes import LARGEST_BYTES
-from memsched.verify import verify
 
 FORMAT = "memsched plan"
 VERSION = 1

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from qwen3vl_jax.arrays import Leaf
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import UsageError
@@ -26,8 +27,8 @@ SMALLEST_CAPACITY = 64
 class LayerCache:
     """Keys (after rotation) and values of one layer."""
 
-    keys: Float[Array, "BK S D"]
-    values: Float[Array, "BK S D"]
+    keys: Float[Leaf, "BK S D"]
+    values: Float[Leaf, "BK S D"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwen3vl_jax import __version__
-from qwen3vl_jax.errors import BadInputError, Qwen3VLError, StorageError, UsageError
+from qwen3vl_jax.errors import BadInputError, StorageError, UsageError
 from qwen3vl_jax.interrupts import EXIT_CODE as INTERRUPTED
 from qwen3vl_jax.interrupts import Guard, guarded
 
@@ -20,6 +20,7 @@ OUT_OF_MEMORY = 3
 
 _HELP = {
     UsageError.exit_code: "see --help for what can be given",
+    OUT_OF_MEMORY: "give it more memory, or ask for less",
     BadInputError.exit_code: "mend or replace the input; --debug shows where it was refused",
     StorageError.exit_code: "check the disk, its free space and permissions, and run again",
 }
@@ -90,16 +91,36 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def read_text(file: Path | None, most_bytes: int) -> str:
+    """The text of a file, or of stdin if None; no more than so many bytes of it.
+
+    Raises:
+        BadInputError: there is no such file, or it is no text.
+    """
+    name = "stdin" if file is None else str(file)
+    try:
+        if file is None:
+            return sys.stdin.buffer.read(most_bytes).decode()
+        with file.open("rb") as opened:
+            return opened.read(most_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{name}: not UTF-8 text at byte {error.start}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise BadInputError(f"{name}: no such file; name a text file") from None
+
+
 def failed(error: Exception, *, debug: bool) -> int:
     """Says what went wrong and what to do, and returns the exit code."""
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, Qwen3VLError):
-        # Our messages name the way out, where there is one, after the last semicolon.
+    # Our errors and the planner's, which model code does not know, say their own exit code.
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        # Their messages name the way out, where there is one, after the last semicolon.
         cause, _, advice = str(error).rpartition("; ")
         if not cause:
-            cause, advice = advice, _HELP[error.exit_code]
-        return _report(f"error: {cause}", advice, error.exit_code)
+            cause, advice = advice, _HELP[code]
+        return _report(f"error: {cause}", advice, code)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return _report(
             "error: out of memory",

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qwen3vl_jax.arrays import AnyArray
+from qwen3vl_jax.arrays import AnyLeaf
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.config import VisionConfig
 from qwen3vl_jax.errors import UsageError
@@ -38,12 +38,12 @@ class Piece:
     for padding.
     """
 
-    patches: Float[AnyArray, "F P values"]
-    taps: Int[AnyArray, "P 4"]
-    shares: Float[AnyArray, "P 4"]
-    rows_columns: Int[AnyArray, "P 2"]
-    valid: Bool[AnyArray, " P"]
-    token_rows: Int[AnyArray, "F tokens"]
+    patches: Float[AnyLeaf, "F P values"]
+    taps: Int[AnyLeaf, "P 4"]
+    shares: Float[AnyLeaf, "P 4"]
+    rows_columns: Int[AnyLeaf, "P 2"]
+    valid: Bool[AnyLeaf, " P"]
+    token_rows: Int[AnyLeaf, "F tokens"]
 
 
 def block_order(rows: int, columns: int, merge: int) -> Int[np.ndarray, "patches 2"]:

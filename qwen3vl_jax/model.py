@@ -126,6 +126,28 @@ class Qwen3VL:
         return cls(config, network_from_arrays(empty, arrays), GenerationSettings())
 
     @property
+    def runner(self) -> Runner:
+        """What carries out the phases."""
+        return self._runner
+
+    @property
+    def plan(self) -> Any:
+        """What the plans do: `.report()` is a text, `.to_dict()` data.
+
+        Raises:
+            UsageError: the model has none; all its weights are in memory.
+        """
+        from qwen3vl_jax.planned.reporting import PlanReport
+        from qwen3vl_jax.planned.runner import PlannedRunner
+
+        if not isinstance(self._runner, PlannedRunner):
+            raise UsageError(
+                "all weights of this model are in memory, and no plan moves them; "
+                "give from_pretrained a budget, such as device_memory"
+            )
+        return PlanReport(self._runner)
+
+    @property
     def parameters(self) -> dict[str, Array]:
         """Every weight under its path."""
         return named_arrays(self.network)

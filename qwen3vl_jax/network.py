@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from qwen3vl_jax import text, vision
-from qwen3vl_jax.arrays import AnyArray
+from qwen3vl_jax.arrays import AnyArray, Leaf
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
 
@@ -72,8 +72,8 @@ def network_from_arrays(network: Qwen3VLNetwork, arrays: Mapping[str, Array]) ->
 class Features:
     """What the vision tower says of all pictures: tokens, and one more set per DeepStack block."""
 
-    tokens: Float[Array, "rows H"]
-    deepstack: tuple[Float[Array, "rows H"], ...]
+    tokens: Float[Leaf, "rows H"]
+    deepstack: tuple[Float[Leaf, "rows H"], ...]
 
 
 @functools.partial(

@@ -4,13 +4,18 @@ Random weights of the size are made once; then every round measures the machine 
 arithmetic per second), the picture, the prompt and decoding, and with --against transformers the
 same there, on the same weights. A fraction is the bound over the time, both of one round.
 
+With --capped the model is given less memory than it has, in a control group of its own, and the
+bound is that of the disk: bytes that its plan reads over what the disk could read meanwhile.
+
 python scripts/bench.py --size 2b --layers 4
 python scripts/bench.py --size 2b --against transformers
+python scripts/bench.py --size 2b --capped 2GB --capped 1GB --scratch DIR
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -60,13 +65,51 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--against", choices=("transformers",), help="run it too, in turn, on the same weights")
     add("--scratch", type=Path, help="keep the weights here as a checkpoint, and time loading it")
     add("--seed", type=int, default=0)
+    _add_capped(parser)
     return parser.parse_args(argv)
+
+
+def _add_capped(parser: argparse.ArgumentParser) -> None:
+    from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS
+
+    group = parser.add_argument_group("in less memory", "Needs --scratch. Sizes are like 1.5GB.")
+    add = group.add_argument
+    add(
+        "--capped",
+        action="append",
+        type=_size,
+        metavar="SIZE",
+        help="a limit; may be given several times",
+    )
+    add(
+        "--own-memory",
+        type=_size,
+        metavar="SIZE",
+        default=OWN_BYTES,
+        help="what of a limit is left to Python, JAX and compiled programs (default %(default)s)",
+    )
+    add(
+        "--part",
+        action="append",
+        choices=PARTS,
+        help="decode, lookup (drafts), prompt or fits (everything in memory); default all",
+    )
 
 
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
+
+
+def _size(text: str) -> int:
+    """Bytes of a size like 1.5GB."""
+    from memsched.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _picture(text: str) -> tuple[int, int]:
@@ -87,6 +130,8 @@ def bench(options: argparse.Namespace) -> int:
     from qwen3vl_jax.benchmark.rounds import measure, summary, table
     from qwen3vl_jax.benchmark.work import costs, inputs
 
+    if options.capped:
+        return bench_capped(options)
     if options.against:
         require_torch()
     values, work, layers = _workload(options)
@@ -113,6 +158,64 @@ def bench(options: argparse.Namespace) -> int:
     print(table(result))
     print(json.dumps(result))
     return 0
+
+
+def bench_capped(options: argparse.Namespace) -> int:
+    """Measures a planned model under limits, and prints it."""
+    from qwen3vl_jax.benchmark.capped import PARTS, Task, measure
+    from qwen3vl_jax.benchmark.capped_table import table
+    from qwen3vl_jax.benchmark.peer import require_torch
+    from qwen3vl_jax.planned.figures import disk_reader, own_groups
+    from qwen3vl_jax.weights import table as weights
+
+    if options.scratch is None:
+        raise UsageError("--capped: weights are streamed from a disk; name a place, --scratch DIR")
+    if options.against:
+        require_torch()
+    values, work, layers = _workload(options)
+    checkpoint = _checkpoint(options, values, work)[0]
+    store = _store(checkpoint)
+    item_bytes = {"float32": 4}.get(work.dtype, 2)
+    task = Task(
+        store=store,
+        dtype=work.dtype,
+        weight_bytes=sum(math.prod(entry.shape) for entry in weights(work.config)) * item_bytes,
+        own_bytes=options.own_memory,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        prompt_tokens=options.prompt_tokens,
+        image=options.image,
+        parts=tuple(options.part or PARTS),
+        groups=tuple(own_groups()),
+        disk=disk_reader((store / "arrays").rglob("c*")),
+        say=console.say,
+        peer=checkpoint if options.against else None,
+    )
+    result = {**_settings(options, work, layers), **measure(task, options.capped)}
+    print(table(result))
+    print(json.dumps(result))
+    return 0
+
+
+def _store(checkpoint: Path) -> Path:
+    """The checkpoint converted to our store, beside it."""
+    from qwen3vl_jax.checkpoints.conversion import to_store
+
+    store = checkpoint.with_name(f"{checkpoint.name}-store")
+    if not store.exists():
+        console.say(f"converting to {store}")
+        to_store(checkpoint, store, dtype="keep", progress=_Quiet())
+    return store
+
+
+class _Quiet:
+    """Progress that nobody sees."""
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """A new bar."""
+
+    def advance(self, nbytes: int) -> None:
+        """More bytes."""
 
 
 def _settings(options: argparse.Namespace, work: "Workload", layers: int) -> dict[str, Any]:
@@ -164,25 +267,40 @@ def _workload(options: argparse.Namespace) -> tuple[dict[str, Any], "Workload", 
 
 def _load(options: argparse.Namespace, values: Mapping[str, Any], work: "Workload") -> Loaded:
     from qwen3vl_jax import Qwen3VL
+
+    if options.scratch is None:
+        return Loaded(*_made(options, work), None)
+    folder, made_s = _checkpoint(options, values, work)
+    start = time.perf_counter()
+    model = Qwen3VL.from_pretrained(folder, dtype=work.dtype)
+    return Loaded(model, made_s, time.perf_counter() - start)
+
+
+def _made(options: argparse.Namespace, work: "Workload") -> tuple["Qwen3VL", float]:
+    """Random weights, and how long they took."""
+    from qwen3vl_jax import Qwen3VL
+
+    console.say("making random weights")
+    start = time.perf_counter()
+    model = Qwen3VL.random(work.config, dtype=work.dtype, seed=options.seed)
+    return model, time.perf_counter() - start
+
+
+def _checkpoint(
+    options: argparse.Namespace, values: Mapping[str, Any], work: "Workload"
+) -> tuple[Path, float | None]:
+    """The checkpoint of random weights in the scratch directory; seconds if they had to be made."""
     from qwen3vl_jax.benchmark.checkpoint import write
 
     config = work.config
     name = f"{Path(options.size).stem}-{config.text.num_hidden_layers}-{work.dtype}-{options.seed}"
-    folder = None if options.scratch is None else options.scratch / f"bench-{name}"
-    made_s = None
-    if folder is None or not (folder / "config.json").exists():
-        console.say("making random weights")
-        start = time.perf_counter()
-        model = Qwen3VL.random(config, dtype=work.dtype, seed=options.seed)
-        made_s = time.perf_counter() - start
-        if folder is None:
-            return Loaded(model, made_s, None)
-        console.say(f"writing them to {folder}")
-        write(folder, values, config, model.parameters)
-        del model
-    start = time.perf_counter()
-    model = Qwen3VL.from_pretrained(folder, dtype=work.dtype)
-    return Loaded(model, made_s, time.perf_counter() - start)
+    folder = options.scratch / f"bench-{name}"
+    if (folder / "config.json").exists():
+        return folder, None
+    model, made_s = _made(options, work)
+    console.say(f"writing them to {folder}")
+    write(folder, values, config, model.parameters)
+    return folder, made_s
 
 
 def _peer(

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_jax import console
-from qwen3vl_jax.errors import BadInputError, Qwen3VLError, UsageError
+from qwen3vl_jax.errors import Qwen3VLError, UsageError
 from qwen3vl_jax.interrupts import Guard, Meaning
 from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
 
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
-    from qwen3vl_jax.chat import Chat
+    from qwen3vl_jax.chat import Chat, Turn
     from qwen3vl_jax.generation_settings import GenerationSettings
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"
@@ -68,6 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_settings(parser)
     add_budget_options(parser)
     add("--interactive", action="store_true", help=f"chat: {COMMANDS}; Ctrl-C stops an answer")
+    add("--dry-run", action="store_true", help="say what it would take; open no weight")
     add("--json", action="store_true", help="write one JSON object to stdout, not the text")
     add("-q", "--quiet", action="store_true", help="no statistics and no progress on stderr")
     options = parser.parse_args(argv)
@@ -157,6 +158,10 @@ def _check(options: argparse.Namespace) -> None:
             "greedy draws nothing, so --top-k, --top-p and --min-p mean nothing; drop them",
         ),
         (
+            options.interactive and (options.dry_run or options.report is not None),
+            "--dry-run and --report are for one answer; drop --interactive",
+        ),
+        (
             not options.interactive and options.prompt is None and options.prompt_file is None,
             "nothing is asked; give --prompt TEXT, --prompt-file FILE or --interactive",
         ),
@@ -173,6 +178,8 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
     parts = _question(options)
     settings, chat = _prepared(options)
     turn = chat.prepare(parts)
+    if options.dry_run:
+        return _print_forecast(options, turn, settings)
     loaded = _load(options)
     for piece in chat.ask(loaded.model, turn):
         if not options.json:
@@ -183,7 +190,27 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
         _print_statistics(chat, settings, loaded)
     if options.json:
         print(json.dumps(_report(chat, settings, loaded)), flush=True)
+    if options.report is not None:
+        from qwen3vl_jax.planned.dry_run import write_report
+
+        write_report(options.report, loaded.model.plan.to_dict(), loaded.model.plan.report())
+    loaded.model.close()
     return 0
+
+
+def _print_forecast(
+    options: argparse.Namespace, turn: "Turn", settings: "GenerationSettings"
+) -> int:
+    from qwen3vl_jax.config import load_config
+    from qwen3vl_jax.planned.dry_run import dry_run, print_dry_run
+    from qwen3vl_jax.planned.loading import Budgets
+    from qwen3vl_jax.planned.request import request_of
+
+    config = load_config(options.model)
+    request = request_of(config, turn.inputs, settings.max_new_tokens)
+    budgets = Budgets(**budget_arguments(options))
+    found = dry_run(config, request, budgets, dtype=options.dtype)
+    return print_dry_run(found, report=options.report, as_json=options.json)
 
 
 def _question(options: argparse.Namespace) -> list[Part]:
@@ -196,16 +223,8 @@ def _question(options: argparse.Namespace) -> list[Part]:
 def _prompt(options: argparse.Namespace) -> str:
     if options.prompt not in (None, "-"):
         return str(options.prompt)
-    name = "stdin" if options.prompt == "-" else str(options.prompt_file)
-    try:
-        if options.prompt == "-":
-            return sys.stdin.buffer.read(MAX_STDIN_BYTES).decode()
-        with Path(options.prompt_file).open("rb") as file:
-            return file.read(MAX_STDIN_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{name}: not UTF-8 text at byte {error.start}") from None
-    except (FileNotFoundError, IsADirectoryError):
-        raise BadInputError(f"{name}: no such file; name a text file") from None
+    file = None if options.prompt == "-" else Path(options.prompt_file)
+    return console.read_text(file, MAX_STDIN_BYTES)
 
 
 def _media_part(options: argparse.Namespace, kind: str, source: str) -> Part:
@@ -287,9 +306,12 @@ def _print_statistics(chat: "Chat", settings: "GenerationSettings", loaded: Load
 
 
 def _report(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> dict[str, Any]:
+    from qwen3vl_jax.planned.dry_run import run_figures
+
     answer = chat.last
     assert answer is not None
-    return {
+    planned = run_figures(loaded.model)
+    return planned | {
         "text": answer.text,
         "tokens": answer.tokens,
         "prompt_tokens": answer.prompt_tokens,
@@ -302,7 +324,10 @@ def _report(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> dic
             "decode": answer.decode_s,
         },
         "decode_tokens_per_s": answer.tokens_per_s,
-        "peak_bytes": {"process": console.peak_process_bytes()},
+        "peak_bytes": {
+            "process": console.peak_process_bytes(),
+            **planned.get("peak_bytes", {}),
+        },
         "read_bytes": loaded.read_bytes,
     }
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from memsched.machine import DEVICE, HOST, NVME, Compute, Link, Machine, Tier
+from memsched.plan import Plan
 from memsched.profiles import write_machine
+from memsched.program import Program
+from memsched.runtime import Executor
 from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.planned import loading, runner
@@ -50,9 +53,9 @@ def machine_file(folder: Path, tiers: int) -> Path:
     return path
 
 
-def planned(path: Path, **budgets: Any) -> Qwen3VL:
+def planned(path: Path | str, dtype: str | None = None, **budgets: Any) -> Qwen3VL:
     """A model that keeps within budgets; the caller closes it."""
-    return loading.load(path, dtype=None, budgets=Budgets(**budgets))
+    return loading.load(path, dtype=dtype, budgets=Budgets(**budgets))
 
 
 def runner_of(model: Qwen3VL) -> runner.PlannedRunner:
@@ -83,6 +86,20 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(loading, "abstract_network", network)
     patch.setattr(runner, "trace_phase", trace)
+
+
+def recorded(patch: pytest.MonkeyPatch) -> list[tuple[Plan, Program]]:
+    """All plans that executors carry out from now on, each once."""
+    ran: list[tuple[Plan, Program]] = []
+    run = Executor.run
+
+    def noted(self: Executor, plan: Plan, program: Program, *more: Any, **options: Any) -> Any:
+        if not any(plan is other for other, _ in ran):
+            ran.append((plan, program))
+        return run(self, plan, program, *more, **options)
+
+    patch.setattr(Executor, "run", noted)
+    return ran
 
 
 def answers(

@@ -81,10 +81,12 @@ def test_links_lead_to_files_that_exist(path: Path) -> None:
 
 def test_the_architecture_names_every_module() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    package = ROOT / "qwen3vl_jax"
-    places = [package, package / "processing", package / "checkpoints"]
-    modules = {path.stem for place in places for path in place.glob("*.py")} - {"__init__"}
-    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    model, planner = ROOT / "qwen3vl_jax", ROOT / "memsched"
+    places = [model, model / "processing", model / "checkpoints", model / "planned"]
+    places += [planner, planner / "passes"]
+    modules = {path.stem for place in places for path in place.glob("*.py")}
+    modules -= {"__init__", "__main__"}
+    folders = {f"{path.parent.name}/" for place in places for path in place.glob("*/__init__.py")}
     assert [name for name in sorted(modules | folders) if f"`{name}`" not in text] == []
 
 

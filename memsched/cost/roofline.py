@@ -1,6 +1,6 @@
 """Seconds of one action from the machine's rates alone."""
 
-from typing import Protocol, runtime_checkable, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from memsched.errors import ProgramError
 from memsched.machine import Machine
@@ -8,7 +8,6 @@ from memsched.plan import Action, Copy, Free, Run
 from memsched.program import Program
 
 
-@runtime_checkable
 @runtime_checkable
 class CostModel(Protocol):
     """Says how long an action is busy on its lane, everything it needs being there."""

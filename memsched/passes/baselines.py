@@ -6,6 +6,7 @@ from memsched.cost import CostModel, Remembered, Roofline, plan_seconds
 from memsched.machine import Machine
 from memsched.passes.budgets import fastest, host_room
 from memsched.passes.caching import MOST_WEIGHTS, caching_plan
+from memsched.passes.grouping import group_weights
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.search import Found, search
@@ -35,7 +36,17 @@ def baselines(
     Raises:
         DoesNotFitError: the program does not fit in any way.
     """
-    needs = read_needs(program, machine, Remembered(cost or Roofline()))
+    grouped = group_weights({"": program}, machine)
+    coarse_cost = Remembered(grouped.cost(cost or Roofline()))
+    needs = read_needs(grouped.programs[""], machine, coarse_cost)
+    found = _baselines(needs)
+    return {
+        name: Baseline(way.seconds, way.plan and grouped.expanded(way.plan, program))
+        for name, way in found.items()
+    }
+
+
+def _baselines(needs: Needs) -> dict[str, Baseline]:
     best = fastest(needs, repeat=True)
     if len(best.layout.device.pinned) == len(needs.weights):
         return {"resident": Baseline(best.seconds, best.plan)}

@@ -115,14 +115,54 @@ def _copies(
             yield Move(Copy(rest.array, NVME, DEVICE), rest.offset)
         return
     staged = [r.array for r in missing if r.tier == DEVICE and (r.array, HOST) not in new]
-    yield from _staged(staged, staying, arrays, machine)
-    in_host = {rest.array for rest in staying if rest.tier == HOST}
-    for rest in missing:
+    in_the_way = _in_the_way(staged, staying, arrays, machine)
+    yield from (Move(Free(rest.array, HOST)) for rest in in_the_way)
+    kept = [rest for rest in staying if rest not in in_the_way]
+    yield from _staged(staged, kept, arrays, machine)
+    in_host = {rest.array for rest in kept if rest.tier == HOST}
+    for rest in (*missing, *in_the_way):
         if rest.tier == HOST:
             yield Move(Copy(rest.array, NVME, HOST), rest.offset)
     for rest in missing:
         if rest.tier == DEVICE and (rest.array in in_host or (rest.array, HOST) in new):
             yield Move(Copy(rest.array, HOST, DEVICE))
+
+
+def _in_the_way(
+    names: Sequence[str],
+    staying: Sequence[Residence],
+    arrays: Mapping[str, ArraySpec],
+    machine: Machine,
+) -> tuple[Residence, ...]:
+    """Neighbours in the host's arena, of the fewest bytes, without which any of `names` can pass.
+
+    They are loaded again afterwards. None where a gap is large enough, or cannot be made.
+    """
+    tier = machine.tier(HOST)
+    needed = max((_host_bytes(arrays[name], tier) for name in names), default=0)
+    start, end = _largest_gap(staying, arrays, machine)
+    if needed <= end - start:
+        return ()
+    rests = sorted((r for r in staying if r.tier == HOST), key=lambda rest: rest.offset or 0)
+    starts = [rest.offset or 0 for rest in rests] + [tier.capacity_bytes]
+    ends = [0] + [(rest.offset or 0) + _host_bytes(arrays[rest.array], tier) for rest in rests]
+    best: tuple[int, int, int] | None = None
+    last = 0
+    for first in range(len(rests)):
+        while last < len(rests) and starts[last] - ends[first] < needed:
+            last += 1
+        if starts[last] - ends[first] >= needed:
+            moved = sum(
+                end - start
+                for start, end in zip(starts[first:last], ends[first + 1 :], strict=False)
+            )
+            if best is None or moved < best[0]:
+                best = moved, first, last
+    return () if best is None else tuple(rests[best[1] : best[2]])
+
+
+def _host_bytes(array: ArraySpec, tier: Tier) -> int:
+    return rounded(array.nbytes, tier.alignment_bytes)
 
 
 def _staged(

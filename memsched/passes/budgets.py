@@ -12,6 +12,7 @@ from memsched.passes.lower.values import (
     value_budgets,
 )
 from memsched.passes.needs import Needs
+from memsched.passes.refine import refined
 from memsched.passes.search import Found, evaluate, resident_layout, search
 
 # Where everything else must be spilled to make room, the ring is tried at these multiples of the
@@ -52,6 +53,8 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0) -> Found:
             continue
         weights_bytes = capacity - values.device_bytes
         found = search(needs, values, weights_bytes, host_room(needs, values), repeat=repeat)
+        if found is not None:
+            found = refined(needs, found, weights_bytes, repeat=repeat)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
     if best is None:

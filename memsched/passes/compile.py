@@ -7,6 +7,7 @@ from memsched.errors import ProgramError
 from memsched.machine import Machine
 from memsched.passes.budgets import fastest
 from memsched.passes.caching import better_cached
+from memsched.passes.grouping import group_weights
 from memsched.passes.needs import read_needs
 from memsched.passes.phases import plan_phases
 from memsched.plan import Plan
@@ -39,8 +40,11 @@ def compile_plan(
         ProgramError: the level is unknown, or an array is larger than a tier takes.
     """
     _check_level(level)
-    needs = read_needs(program, machine, Remembered(cost or Roofline()))
-    return better_cached(needs, fastest(needs, repeat=repeat), repeat=repeat)
+    grouped = group_weights({"": program}, machine)
+    coarse_cost = Remembered(grouped.cost(cost or Roofline()))
+    needs = read_needs(grouped.programs[""], machine, coarse_cost)
+    plan = better_cached(needs, fastest(needs, repeat=repeat), repeat=repeat)
+    return grouped.expanded(plan, program)
 
 
 def compile_phases(
@@ -65,10 +69,14 @@ def compile_phases(
         ProgramError: the level is unknown, or an array is larger than a tier takes.
     """
     _check_level(level)
-    cost = cost or Roofline()
-    return plan_phases(
-        {key: read_needs(program, machine, Remembered(cost)) for key, program in programs.items()}
-    )
+    grouped = group_weights(programs, machine)
+    cost = grouped.cost(cost or Roofline())
+    needs = {
+        key: read_needs(program, machine, Remembered(cost))
+        for key, program in grouped.programs.items()
+    }
+    plans = plan_phases(needs)
+    return {key: grouped.expanded(plan, programs[key]) for key, plan in plans.items()}
 
 
 def _check_level(level: str) -> None:

@@ -15,13 +15,13 @@ from memsched.passes.lower.layout import Layout, Pool
 from memsched.passes.lower.values import Values
 from memsched.passes.needs import Needs
 from memsched.passes.place import candidates, pinned
-from memsched.passes.search import Found, evaluate, ring_sizes, stacked
+from memsched.passes.search import Found, evaluate, stacked
 from memsched.passes.stack import Stack
 from memsched.plan import Plan
 
 # A ring in the host is this many of the largest weight.
 HOST_RING = 4
-MOST_RINGS = 8
+RING_SHARES = (0.5, 1.0, 1.5, 2.0, 3.0)
 # A phase takes the smallest ring among those that make it this much slower than the best.
 CLOSE_ENOUGH = 1.02
 
@@ -134,6 +134,7 @@ def _fit(needs: Needs, alone: Found, stack: Stack, host: Pool | None) -> tuple[S
             made = _lay_out(needs, alone.values, cut, decision, host)
             if made is not None:
                 tried.append((made.seconds, ring_bytes, cut, decision))
+                break
     fastest_s = min(seconds for seconds, *_ in tried)
     good = [one for one in tried if one[0] <= CLOSE_ENOUGH * fastest_s]
     _, _, cut, decision = min(good, key=lambda one: (one[1], one[0]))
@@ -154,16 +155,19 @@ def _lay_out(
         offsets[name] = end
         end += stack.sizes[name]
     room = needs.device_capacity_bytes - values.device_bytes - end
+    if host is not None:
+        # What others spill into the host leaves this phase's ring alone.
+        ring_bytes = host_room(needs, values) - host.ring_offset
+        host = dataclasses.replace(host, ring_bytes=ring_bytes)
     layout = Layout(Pool(offsets, end, room), host, decision.wrap, decision.gap)
     return evaluate(needs, layout, values, repeat=True)
 
 
 def _rings(needs: Needs, alone: Found, capacity: int) -> tuple[int, ...]:
-    """Ring sizes to try: what served the phase alone, none at all, the least, and some between."""
-    own = alone.layout.device.ring_bytes
-    tries = [needs.largest_step_bytes, own, own // 2, 2 * own, 0]
-    tries += [ring for ring, _ in ring_sizes(needs, capacity)]
-    return tuple(dict.fromkeys(ring for ring in tries if ring <= capacity))[:MOST_RINGS]
+    """Ring sizes to try: none, what served the phase alone, and multiples of the largest step."""
+    tries = [0, alone.layout.device.ring_bytes]
+    tries += [int(share * needs.largest_step_bytes) for share in RING_SHARES]
+    return tuple(dict.fromkeys(ring for ring in tries if ring <= capacity))
 
 
 def _choose(needs: Needs, stack: Stack, layer: Sequence[str], room: int) -> frozenset[str]:

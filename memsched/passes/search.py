@@ -83,8 +83,11 @@ def search(
     for layout in _layouts(needs, device_bytes, host_bytes, spreads, repeat=repeat):
         if best is not None and CLOSE_ENOUGH * _bound(needs, layout) >= best.seconds:
             continue
-        found = evaluate(needs, layout, values, repeat=repeat)
-        if found is None:
+        for wrap in WRAPS:
+            found = evaluate(needs, dataclasses.replace(layout, wrap=wrap), values, repeat=repeat)
+            if found is not None:
+                break
+        else:
             continue
         spent += len(found.plan.actions)
         if best is None or found.seconds < best.seconds:
@@ -151,7 +154,7 @@ def ring_sizes(needs: Needs, device_bytes: int) -> tuple[tuple[int, int], ...]:
 def _with_host(needs: Needs, device: Pool, host_bytes: int, *, repeat: bool) -> Iterator[Layout]:
     """The layouts of one device pool: where in the host the others rest."""
     if needs.machine.device_is_host:
-        yield from (Layout(device, None, wrap=wrap) for wrap in WRAPS)
+        yield Layout(device)
         return
     # Who rests on the device from the start does not pass through the host.
     passing = [name for name in needs.weights if not (repeat and name in device.pinned)]

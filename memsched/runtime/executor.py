@@ -12,6 +12,7 @@ from memsched.errors import PlanError, ProgramError
 from memsched.machine import DEVICE, NVME, Machine
 from memsched.plan import Plan, Residence
 from memsched.program import Program
+from memsched.referee import verify
 from memsched.runtime.admission import Admission, admit
 from memsched.runtime.flight import Flight
 from memsched.runtime.fuse import Kernel, Programs
@@ -23,7 +24,6 @@ from memsched.runtime.record import Record
 from memsched.runtime.schedule import schedule
 from memsched.runtime.tiers import Tiers
 from memsched.stores.blocks import StoredArray
-from memsched.verify import verify
 
 # Plans kept ready: one per phase and bucket of lengths, and the bridges between them.
 _MOST_PLANS = 256

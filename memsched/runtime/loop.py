@@ -2,18 +2,21 @@
 
 A Copy is handed in and goes on in the background. A Run waits only for the arrays that it takes. A
 Free waits for the last one who uses what it frees. Nothing else waits, until the plan has ended.
+
+While a Run waits, the weights that follow it are asked for, as far as their places in the arena do
+not depend on it: a disk that has nothing to do is not made up for later.
 """
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import assert_never
 
 import jax
 import numpy as np
 
 from memsched.errors import PlanError
-from memsched.machine import DEVICE
+from memsched.machine import DEVICE, NVME
 from memsched.program import ArraySpec
 from memsched.runtime.flight import Flight
 from memsched.runtime.fuse import Kernel
@@ -49,7 +52,7 @@ def carry_out(loop: Loop, ops: Sequence[Op]) -> None:
     """
     op: Op | None = None
     try:
-        for op in ops:
+        for op in _busy(loop, ops):
             match op:
                 case RunOp():
                     _run(loop, op)
@@ -66,6 +69,41 @@ def carry_out(loop: Loop, ops: Sequence[Op]) -> None:
         loop.flight.abandon()
         raise
     _write_down(loop)
+
+
+def _busy(loop: Loop, ops: Sequence[Op]) -> Iterator[Op]:
+    """The operations in order, but what can be begun before a Run that has to wait comes first."""
+    place = 0
+    while place < len(ops):
+        op = ops[place]
+        place += 1
+        if isinstance(op, RunOp) and _late(loop, op):
+            while place < len(ops) and _is_free_of(op, ops[place]):
+                yield ops[place]
+                place += 1
+        yield op
+
+
+def _is_free_of(run: RunOp, op: Op) -> bool:
+    """Whether `op`, which follows `run`, can go before it: same memory in use, no longer wait."""
+    match op:
+        case RunOp():
+            return False
+        case CopyOp():
+            return op.offset is not None and op.action.source == NVME
+        case FreeOp():
+            on_device = op.action.tier == DEVICE and op.offset is not None
+            return on_device and op.after_run < run.number
+        case _:
+            assert_never(op)
+
+
+def _late(loop: Loop, op: RunOp) -> list[str]:
+    """What a Run takes and is still on its way."""
+    arriving = loop.tiers.arriving[DEVICE]
+    if not arriving:
+        return []
+    return [name for name in op.inputs if name in arriving and not arriving[name].done]
 
 
 def _run(loop: Loop, op: RunOp) -> None:
@@ -87,13 +125,12 @@ def _run(loop: Loop, op: RunOp) -> None:
 
 
 def _await_inputs(loop: Loop, op: RunOp) -> None:
-    arriving = loop.tiers.arriving[DEVICE]
-    late = [name for name in op.inputs if name in arriving]
-    if any(not arriving[name].done for name in late):
+    if _late(loop, op):
         # The step ahead ends first, or no later than this one can begin: so its end is seen.
         loop.flight.end_all()
-    for name in late:
-        loop.tiers.arrive(DEVICE, name)
+    for name in op.inputs:
+        if name in loop.tiers.arriving[DEVICE]:
+            loop.tiers.arrive(DEVICE, name)
 
 
 def _copy(loop: Loop, op: CopyOp) -> None:

@@ -60,6 +60,12 @@ def array_names(arguments: Sequence[Any], roots: Sequence[str]) -> Given:
     return Given([leaf for _, leaf in found], tree, names, owners, places)
 
 
+def named_arrays(tree: Any, root: str = "") -> dict[str, Any]:
+    """Every array of a pytree under the name that `trace` gives it as an argument called `root`."""
+    given = array_names((tree,), (root,))
+    return dict(zip(given.names, given.leaves, strict=True))
+
+
 def kinds_of(
     given: Sequence[str], owners: Sequence[int], kinds: Sequence[str | Mapping[str, str]]
 ) -> dict[str, Kind]:

@@ -9,11 +9,11 @@ import jax
 import jax.extend.core as jex
 
 from memsched.errors import ProgramError
-from memsched.tracing.dataflow import origins, read_inputs
+from memsched.tracing.dataflow import Same, origins, read_inputs, same_results
 from memsched.tracing.graph import aval
 from memsched.tracing.kernel import Evaluate
 from memsched.tracing.source_lines import line_of
-from memsched.workspace import flops, workspace_bytes
+from memsched.tracing.workspace import flops, workspace_bytes
 
 # Autodiff puts these between jitted calls; `broadcast_in_dim` only to fill an array with a number.
 GLUE = frozenset({"add_any", "broadcast_in_dim", "convert_element_type", "copy"})
@@ -25,7 +25,7 @@ class Body:
     """What equations of one kernel have in common. `key` is equal for equal bodies.
 
     Of each operand: whether it is `read` at all and `donated`; of each result, `origins` are the
-    operands whose next version it may be.
+    operands whose next version it may be. Results that are the `same` as something are not made.
     """
 
     key: Hashable
@@ -34,6 +34,7 @@ class Body:
     read: tuple[bool, ...]
     donated: tuple[bool, ...]
     origins: tuple[frozenset[int], ...]
+    same: Same = dataclasses.field(default_factory=lambda: Same({}, {}))
     flops: int = 0
     workspace_bytes: int = 0
 
@@ -52,17 +53,24 @@ def body_of_step(equation: jex.JaxprEqn, known: dict[Hashable, Body]) -> Body:
         name = re.sub(r"\W+", "_", equation.params["name"]).strip("_") or "step"
         for value in _closed_over(closed):
             check_constant(value, f"step {name!r} ({line_of(equation)})")
+        same = same_results(closed.jaxpr)
         known[key] = Body(
             key,
             name,
             jex.jaxpr_as_fun(closed),
-            read_inputs(closed.jaxpr),
+            read_inputs(closed.jaxpr, _made(closed.jaxpr, same)),
             donated,
             tuple(origins(closed.jaxpr)),
+            same,
             flops(closed.jaxpr),
             workspace_bytes(closed.jaxpr),
         )
     return known[key]
+
+
+def _made(jaxpr: jex.Jaxpr, same: Same) -> list[int]:
+    """The results that are not just an input."""
+    return [index for index in range(len(jaxpr.outvars)) if index not in same.given]
 
 
 def _glue(equation: jex.JaxprEqn) -> Body:
@@ -101,6 +109,9 @@ def _closed_over(closed: jex.ClosedJaxpr) -> Iterator[Any]:
 
 
 def check_constant(value: Any, user: str) -> None:
+    """Raises:
+    ProgramError: an array that is closed over is too large to be hidden in a kernel.
+    """
     if value.nbytes > LARGEST_CONSTANT_BYTES:
         raise ProgramError(
             f"{user} closes over an array {value.dtype}{list(value.shape)} of {value.nbytes:,} B, "

@@ -1,6 +1,7 @@
-"""What flows where inside a jaxpr: which inputs are read at all, and which become which output."""
+"""What flows where inside a jaxpr: which inputs are read, and which become which output."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax.extend.core as jex
 
@@ -14,14 +15,58 @@ IN_PLACE = words(
 )
 
 
-def read_inputs(jaxpr: jex.Jaxpr) -> tuple[bool, ...]:
-    """For every input, whether anything depends on it that is not thrown away at once."""
-    read = {id(var) for var in jaxpr.outvars}
+def read_inputs(jaxpr: jex.Jaxpr, results: Sequence[int] | None = None) -> tuple[bool, ...]:
+    """For every input, whether a computation looks at it, or it is one of the chosen results."""
+    chosen = range(len(jaxpr.outvars)) if results is None else results
+    read = {id(jaxpr.outvars[index]) for index in chosen}
     for equation in jaxpr.eqns:
         body = body_of(equation)
         flags = [True] * len(equation.invars) if body is None else read_inputs(body)
         read |= {id(var) for var, flag in zip(equation.invars, flags, strict=True) if flag}
     return tuple(id(var) in read for var in jaxpr.invars)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Same:
+    """Results that are nothing new: an input (`given`) or an earlier result (`repeated`)."""
+
+    given: Mapping[int, int]
+    repeated: Mapping[int, int]
+
+
+def same_results(jaxpr: jex.Jaxpr) -> Same:
+    """Which results are an input, or another result, as they are."""
+    inputs = {id(var): index for index, var in enumerate(jaxpr.invars)}
+    origin = _origins_unchanged(jaxpr)
+    given: dict[int, int] = {}
+    repeated: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for index, var in enumerate(jaxpr.outvars):
+        if isinstance(var, jex.Literal):
+            continue
+        source = origin.get(id(var), id(var))
+        if source in inputs:
+            given[index] = inputs[source]
+        elif first.setdefault(source, index) != index:
+            repeated[index] = first[source]
+    return Same(given, repeated)
+
+
+def _origins_unchanged(jaxpr: jex.Jaxpr) -> dict[int, int]:
+    """For every result of a call that is an operand or an earlier result of it: which one."""
+    origin: dict[int, int] = {}
+    for equation in jaxpr.eqns:
+        body = body_of(equation)
+        if body is None:
+            continue
+        same = same_results(body)
+        for index, operand in same.given.items():
+            var = equation.invars[operand]
+            if not isinstance(var, jex.Literal):
+                origin[id(equation.outvars[index])] = origin.get(id(var), id(var))
+        for index, earlier in same.repeated.items():
+            origin[id(equation.outvars[index])] = id(equation.outvars[earlier])
+    return origin
 
 
 def origins(jaxpr: jex.Jaxpr) -> list[frozenset[int]]:

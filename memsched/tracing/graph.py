@@ -24,9 +24,12 @@ CALLS = {
 VIEWS = words("expand_dims optimization_barrier reshape squeeze stop_gradient")
 
 
+CONSTANT = -1
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operation:
-    """An equation between values, which are numbered; constants are not counted."""
+    """An equation between values, which are numbered; the number of a constant is CONSTANT."""
 
     name: str
     operands: tuple[int, ...]
@@ -53,8 +56,7 @@ def graph(jaxpr: jex.Jaxpr) -> Graph:
     found: list[Operation] = []
     given = [_new(avals, var) for var in (*jaxpr.constvars, *jaxpr.invars)]
     outputs = _walk(jaxpr, given, avals, found)
-    kept = tuple(value for value in outputs if value is not None)
-    return Graph(tuple(found), tuple(avals), len(given), kept)
+    return Graph(tuple(found), tuple(avals), len(given), tuple(outputs))
 
 
 def body_of(equation: jex.JaxprEqn) -> jex.Jaxpr | None:
@@ -77,14 +79,14 @@ def _new(avals: list[Any], var: Any) -> int:
 
 
 def _walk(
-    jaxpr: jex.Jaxpr, given: Sequence[int | None], avals: list[Any], found: list[Operation]
-) -> list[int | None]:
+    jaxpr: jex.Jaxpr, given: Sequence[int], avals: list[Any], found: list[Operation]
+) -> list[int]:
     inner = (*jaxpr.constvars, *jaxpr.invars)
     # A closed jaxpr's own constants come first; they are no operands of the call.
-    padded = (*(None for _ in range(len(inner) - len(given))), *given)
-    values: dict[int, int | None] = dict(zip(map(id, inner), padded, strict=True))
+    padded = (*(CONSTANT for _ in range(len(inner) - len(given))), *given)
+    values = dict(zip(map(id, inner), padded, strict=True))
     for equation in jaxpr.eqns:
-        operands = [values.get(id(var)) for var in equation.invars]
+        operands = [values.get(id(var), CONSTANT) for var in equation.invars]
         body = body_of(equation)
         if body is not None:
             results = _walk(body, operands, avals, found)
@@ -92,11 +94,10 @@ def _walk(
             results = [operands[0]]
         else:
             results = [_new(avals, var) for var in equation.outvars]
-            known = tuple(operand for operand in operands if operand is not None)
-            numbers = tuple(result for result in results if result is not None)
-            found.append(Operation(equation.primitive.name, known, numbers, equation))
+            name = equation.primitive.name
+            found.append(Operation(name, tuple(operands), tuple(results), equation))
         values.update(zip(map(id, equation.outvars), results, strict=True))
-    return [values.get(id(var)) for var in jaxpr.outvars]
+    return [values.get(id(var), CONSTANT) for var in jaxpr.outvars]
 
 
 def _is_view(equation: jex.JaxprEqn) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from memsched.tracing.graph import Graph, Operation, aval, words
+from memsched.tracing.graph import CONSTANT, Graph, Operation, aval, words
 
 COSTLY = words(
     "acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma div erf erf_inv erfc exp exp2 "
@@ -30,6 +30,7 @@ WRITES_INTO = words(
     "scatter_sub"
 )
 MOVES = words("pad rev transpose")
+HIDING_ROWS = 129  # of an operand: 128 are not made inside a product, 512 are
 WIDE_BYTES = 4  # of a value of 16 bits that XLA:CPU holds as float32
 
 
@@ -37,13 +38,22 @@ WIDE_BYTES = 4  # of a value of 16 bits that XLA:CPU holds as float32
 class Materialised:
     """Of every value that an operation makes in memory its bytes; `last` is its last reader.
 
-    `hidden_bytes` is the largest operand that a product computes inside itself: it does not share
-    memory with the others.
+    `hidden` are the operands that products compute inside themselves.
     """
 
     written: dict[int, int]
     last: dict[int, int]
-    hidden_bytes: int
+    hidden: dict[int, int]
+
+    def hidden_bytes(self, *, wide: bool) -> int:
+        """Bytes of the largest hidden operand; in float32 if `wide`.
+
+        In a loop, the values before they are rounded were seen to stay too.
+        """
+        largest = 0
+        for value, size in self.hidden.items():
+            largest = max(largest, WIDE_BYTES * size if wide else self.written[value])
+        return largest
 
 
 def materialised(graph: Graph) -> Materialised:
@@ -65,13 +75,12 @@ def narrow(dtype: Any) -> bool:
     return str(dtype) in ("bfloat16", "float16")
 
 
-def single_row(equation: jex.JaxprEqn, side: int) -> bool:
-    """Does the operand of a product on this side have one row for each of the other's batches?"""
+def rows(equation: jex.JaxprEqn, side: int) -> int:
+    """Rows of a product's left (0) or right (1) operand, for each batch."""
     contracted, batch = equation.params["dimension_numbers"]
     shape = aval(equation.invars[side]).shape
     fixed = {*contracted[side], *batch[side]}
-    rows: int = math.prod(size for axis, size in enumerate(shape) if axis not in fixed)
-    return rows == 1
+    return math.prod(size for axis, size in enumerate(shape) if axis not in fixed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,29 +156,34 @@ class _Walk:
     def is_widened(self, value: int, operation: Operation, reader: int) -> bool:
         """Is it float32 for this reader: a product with one row, or a loop over moved values?"""
         by = self.graph.operations[reader]
-        if by.name == "dot_general" and operation.name in FUSED and len(by.operands) == 2:
-            return single_row(by.equation, by.operands.index(value) ^ 1)
+        if by.name == "dot_general" and operation.name in FUSED:
+            return rows(by.equation, by.operands.index(value) ^ 1) == 1
         return by.name == "scan" and operation.name in MOVES
 
 
 def _readers(graph: Graph) -> dict[int, list[int]]:
     readers: dict[int, list[int]] = {}
     for position, operation in enumerate(graph.operations):
-        for value in dict.fromkeys(operation.operands):
+        for value in {*operation.operands} - {CONSTANT}:
             readers.setdefault(value, []).append(position)
     return readers
 
 
-def _hidden(graph: Graph, written: Mapping[int, int]) -> int:
-    """Bytes of the largest operand of a product that is made of the results of reductions."""
+def _hidden(graph: Graph, written: Mapping[int, int]) -> dict[int, int]:
+    """Operands of products that are made of the results of reductions, and their sizes.
+
+    XLA:CPU fuses a softmax or a norm into a product of many rows, which then has its own memory.
+    """
     normalised: set[int] = set()
-    largest = 0
+    found: dict[int, int] = {}
     for operation in graph.operations:
         if operation.name == "dot_general":
-            found = [written.get(value, 0) for value in operation.operands if value in normalised]
-            largest = max([largest, *found])
+            for side, value in enumerate(operation.operands):
+                many = rows(operation.equation, side) >= HIDING_ROWS
+                if many and value in normalised and value in written:
+                    found[value] = int(graph.avals[value].size)
         elif operation.name in REDUCTIONS or (
             operation.name in FUSED and normalised.intersection(operation.operands)
         ):
             normalised.update(operation.results)
-    return largest
+    return found

@@ -22,14 +22,15 @@ class Tracing:
     """Steps found so far.
 
     Attributes:
-        names: array of every variable, by its id; `current` is the reverse: the latest variable.
+        names: of every variable, by its id, the array that it is, and which version of it.
+        versions: of every array, how often it was updated.
         constants: values closed over, by the id of their variable.
         updated_by: the step that updated an array last.
     """
 
     arrays: dict[str, ArraySpec]
-    names: dict[int, str]
-    current: dict[str, int]
+    names: dict[int, tuple[str, int]]
+    versions: dict[str, int]
     constants: dict[int, Any]
     steps: list[Step] = dataclasses.field(default_factory=list)
     kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
@@ -66,8 +67,14 @@ class Tracing:
                 "data (jax.random.key_data) from step to step"
             )
         self.arrays[name] = ArraySpec(name, tuple(found.shape), dtype, kind)
-        self.names[id(variable)] = name
-        self.current[name] = id(variable)
+        self.names[id(variable)] = (name, 0)
+        self.versions[name] = 0
+
+    def update(self, name: str, variable: Any, step: str) -> None:
+        """The next version of an array."""
+        self.versions[name] += 1
+        self.names[id(variable)] = (name, self.versions[name])
+        self.updated_by[name] = step
 
     def name(self, variable: Any, user: str) -> str:
         """The array that a variable is, now that `user` needs it.
@@ -75,10 +82,11 @@ class Tracing:
         Raises:
             ProgramError: it is a constant, or was updated meanwhile.
         """
-        name = self.names.get(id(variable))
-        if name is None:
+        found = self.names.get(id(variable))
+        if found is None:
             raise ProgramError(f"{user} is a constant, which no step computes: leave it out")
-        if self.current[name] != id(variable):
+        name, version = found
+        if self.versions[name] != version:
             raise ProgramError(
                 f"{user} needs array {name!r} as it was before step {self.updated_by[name]!r} "
                 "updated it: do not donate it there, or use it before"
@@ -105,22 +113,49 @@ def add_step(tracing: Tracing, equation: jex.JaxprEqn) -> None:
     updated = _updates(tracing, equation, body, operands, user)
     updates = tuple(operands[operand] for operand in updated.values())
     reads = tuple(dict.fromkeys(name for name in operands.values() if name not in updates))
-    writes = []
-    for place, variable in enumerate(equation.outvars):
-        if place in updated:
-            name = operands[updated[place]]
-            tracing.names[id(variable)] = name
-            tracing.current[name] = id(variable)
-            tracing.updated_by[name] = step_name
+    made = _made(equation, body, updated)
+    _pass_on(tracing, equation, body, made)
+    for place, operand in updated.items():
+        tracing.update(operands[operand], equation.outvars[place], step_name)
+    written = [place for place in made if place not in updated]
+    writes = tuple(f"{step_name}.{place}" for place in written)
+    for place, name in zip(written, writes, strict=True):
+        tracing.add_array(name, equation.outvars[place], "activation")
+    for place, earlier in body.same.repeated.items():
+        tracing.names[id(equation.outvars[place])] = tracing.names[id(equation.outvars[earlier])]
+    if made:
+        sources = _sources(len(equation.invars), constants, operands, (*reads, *updates))
+        end = len(constants) + len(reads) + len(updates)
+        wiring = Wiring(sources, (*updated, *written), tuple(range(end - len(updates), end)))
+        kernel = _kernel(tracing, equation, body, wiring, tuple(constants.values()))
+        work = (body.flops, body.workspace_bytes)
+        tracing.steps.append(Step(step_name, kernel, reads, writes, updates, *work))
+
+
+def _made(equation: jex.JaxprEqn, body: Body, updated: Mapping[int, int]) -> list[int]:
+    """The results that the step makes: all but repeated ones, and operands that stay as they are.
+
+    An operand that is updated by the same step does not stay.
+    """
+    passed = {
+        place for place, operand in body.same.given.items() if operand not in updated.values()
+    }
+    results = range(len(equation.outvars))
+    return [place for place in results if place not in passed and place not in body.same.repeated]
+
+
+def _pass_on(tracing: Tracing, equation: jex.JaxprEqn, body: Body, made: Sequence[int]) -> None:
+    """Results that are operands as they were are the same arrays or constants."""
+    for place, operand in body.same.given.items():
+        variable, result = equation.invars[operand], equation.outvars[place]
+        if place in made:
+            continue
+        if isinstance(variable, jex.Literal):
+            tracing.constants[id(result)] = np.asarray(variable.val, aval(variable).dtype)
+        elif id(variable) in tracing.constants:
+            tracing.constants[id(result)] = tracing.constants[id(variable)]
         else:
-            writes.append(f"{step_name}.{place}")
-            tracing.add_array(writes[-1], variable, "activation")
-    arguments = (*reads, *updates)
-    wiring = _wiring(constants, operands, arguments, updated, equation)
-    kernel = _kernel(tracing, equation, body, wiring, tuple(constants.values()))
-    tracing.steps.append(
-        Step(step_name, kernel, reads, tuple(writes), updates, body.flops, body.workspace_bytes)
-    )
+            tracing.names[id(result)] = tracing.names[id(variable)]
 
 
 def _operands(
@@ -161,7 +196,8 @@ def _updates(
                 free.remove(place)
                 return
 
-    results = range(len(equation.outvars))
+    nothing_new = {*body.same.given, *body.same.repeated}
+    results = [place for place in range(len(equation.outvars)) if place not in nothing_new]
     for result in sorted(results, key=lambda result: len(body.origins[result])):
         take(result, [place for place in free if place in body.origins[result]])
     for result in results:
@@ -179,22 +215,20 @@ def _updates(
     return dict(sorted(found.items()))
 
 
-def _wiring(
+def _sources(
+    count: int,
     constants: Mapping[int, Any],
     operands: Mapping[int, str],
     arguments: Sequence[str],
-    updated: Mapping[int, int],
-    equation: jex.JaxprEqn,
-) -> Wiring:
-    sources: list[int | None] = [None] * len(equation.invars)
+) -> tuple[int | None, ...]:
+    """For every operand its number among constants and arguments; None if it is not read."""
+    found: list[int | None] = [None] * count
     for number, place in enumerate(constants):
-        sources[place] = number
+        found[place] = number
     numbers = {name: number for number, name in enumerate(arguments, len(constants))}
     for place, name in operands.items():
-        sources[place] = numbers[name]
-    written = [place for place in range(len(equation.outvars)) if place not in updated]
-    end = len(constants) + len(arguments)
-    return Wiring(tuple(sources), (*updated, *written), tuple(range(end - len(updated), end)))
+        found[place] = numbers[name]
+    return tuple(found)
 
 
 def _kernel(

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import numpy as np
 
 from qwen3vl_jax import console
 from qwen3vl_jax.benchmark.work import Workload, inputs, repetitive_inputs
-from qwen3vl_jax.errors import Qwen3VLError
 
 # Tokens that were seen are a thousand times as likely: so random weights repeat themselves.
 REPEATING = 0.001
+# The first token comes from the prompt, and before the second weights move to where decoding wants.
+UNTIMED = 2
 
 
 class Worker:
@@ -51,22 +54,36 @@ class Worker:
         return {}
 
     def decode(self, tokens: int) -> dict[str, Any]:
-        """Decodes; seconds, bytes and compute of every token."""
-        found: dict[str, Any] = {"seconds": [], "read_bytes": [], "compute_s": []}
-        for _ in range(tokens):
-            before, start = _disk_bytes(), time.perf_counter()
-            token = np.array([self._token], np.int32)
-            scores, self._cache = self._model.decode(token, self._cache)
-            self._token = int(np.argmax(scores))
-            found["seconds"].append(time.perf_counter() - start)
-            found["read_bytes"].append(_disk_bytes() - before)
-            if self._planned:
-                from qwen3vl_jax.planned.figures import last_pass
+        """Decodes, and says what a token took on average.
 
-                figures = last_pass(self._model, "decode")
-                found["compute_s"].append(figures.compute_s)
-                found["plan_bytes"] = figures.plan_bytes
+        One more comes first and is not counted: what was read ahead before the order came would
+        flatter it.
+        """
+        self._decode_one()
+        before, start, compute_s = _disk_bytes(), time.perf_counter(), 0.0
+        for _ in range(tokens):
+            self._decode_one()
+            compute_s += self._figures().compute_s if self._planned else 0.0
+        found = {
+            "seconds": (time.perf_counter() - start) / tokens,
+            "read_bytes": (_disk_bytes() - before) // tokens,
+        }
+        if self._planned:
+            figures = self._figures()
+            found["compute_s"] = compute_s / tokens
+            found["plan_bytes"] = figures.plan_bytes
+            found["weight_bytes"] = figures.weight_bytes
         return found
+
+    def _decode_one(self) -> None:
+        token = np.array([self._token], np.int32)
+        scores, self._cache = self._model.decode(token, self._cache)
+        self._token = int(np.argmax(scores))
+
+    def _figures(self) -> Any:
+        from qwen3vl_jax.planned.figures import last_pass
+
+        return last_pass(self._model, "decode")
 
     def prompt(self, text_tokens: int, width: int, height: int) -> dict[str, Any]:
         """Takes in a prompt with a picture up to its first token."""
@@ -84,7 +101,7 @@ class Worker:
         return {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen}
 
     def answer(self, tokens: int, draft: str | None, room: int) -> dict[str, Any]:
-        """Answers a prompt that repeats itself; the first two tokens are not timed."""
+        """Answers a prompt that repeats itself, with more than `UNTIMED` tokens."""
         from qwen3vl_jax.generation import GenerationSettings, Session
 
         arrays = repetitive_inputs(self._workload(1), seed=0)
@@ -99,10 +116,32 @@ class Worker:
             times.append(time.perf_counter())
         return {
             "tokens": chosen,
-            "tokens_per_s": (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None,
+            "tokens_per_s": (len(times) - UNTIMED) / (times[-1] - times[UNTIMED - 1]),
             "passes": session.drafts.passes,
             "accepted": session.drafts.accepted,
         }
+
+    def load_transformers(self, path: str, dtype: str) -> dict[str, Any]:
+        """Opens a Hugging Face directory with transformers, its weights mapped into memory."""
+        from qwen3vl_jax.benchmark.capped_peer import load
+
+        start = time.perf_counter()
+        self._model = load(Path(path), dtype)
+        return {"load_s": time.perf_counter() - start}
+
+    def decode_transformers(self, text_tokens: int, tokens: int) -> dict[str, Any]:
+        """Generates with transformers; what a token took on average, the first one not counted."""
+        from qwen3vl_jax.benchmark.capped_peer import generate
+
+        marks: list[tuple[float, int]] = []
+        generate(
+            self._model,
+            np.arange(text_tokens)[None],
+            tokens + 1,
+            lambda: marks.append((time.perf_counter(), _disk_bytes())),
+        )
+        (start, before), (end, after) = marks[0], marks[-1]
+        return {"seconds": (end - start) / tokens, "read_bytes": (after - before) // tokens}
 
     def peaks(self) -> dict[str, Any]:
         """The most memory that the process has had, and its arrays by the runtime's own count."""
@@ -131,19 +170,22 @@ def serve() -> int:
 
 
 def _carry_out(worker: Worker, order: dict[str, Any]) -> dict[str, Any]:
-    orders = {
+    orders: dict[str, Callable[..., dict[str, Any]]] = {
         "load": worker.load,
         "start": worker.start,
         "decode": worker.decode,
         "prompt": worker.prompt,
         "answer": worker.answer,
+        "load_transformers": worker.load_transformers,
+        "decode_transformers": worker.decode_transformers,
         "peaks": worker.peaks,
     }
     try:
-        found = orders[order.pop("do")](**order)
-    except (Qwen3VLError, ValueError, MemoryError) as error:
+        return orders[order.pop("do")](**order)
+    except Exception as error:
+        # Whoever gave the order decides what it means; the traceback is for the reader of stderr.
+        traceback.print_exception(error)
         return {"error": f"{type(error).__name__}: {error}"}
-    return found
 
 
 def _disk_bytes() -> int:

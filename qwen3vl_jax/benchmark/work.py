@@ -11,6 +11,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.weights import table
 
+REPEATED_TOKENS, REPEATS = 16, 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -114,6 +115,13 @@ def inputs(work: Workload, *, seed: int) -> dict[str, np.ndarray]:
         "pixel_values": pixels,
         "image_grid_thw": np.array([[1, work.image_height // side, work.image_width // side]]),
     }
+
+
+def repetitive_inputs(work: Workload, *, seed: int) -> dict[str, np.ndarray]:
+    """A prompt of a few ordinary tokens, said over and over again."""
+    few = dataclasses.replace(work, text_tokens=REPEATED_TOKENS, image_height=0, image_width=0)
+    ids = np.tile(inputs(few, seed=seed)["input_ids"], REPEATS)
+    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64)}
 
 
 def costs(work: Workload) -> dict[str, Cost]:

@@ -11,6 +11,7 @@ changes in it is noticed. It implies every zarr.json, so tensorstore opens nothi
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -138,6 +139,8 @@ def zarr_metadata(array: StoredArray) -> dict[str, Any]:
     }
 
 
+# Rows of the embedding table are read for every token, and indented JSON leaves cycles to gc.
+@functools.lru_cache(maxsize=1024)
 def zarr_json(array: StoredArray) -> bytes:
     """The exact bytes of an array's zarr.json."""
     return _spell(zarr_metadata(array))

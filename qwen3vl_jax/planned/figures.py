@@ -6,25 +6,28 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from memsched.disk_rate import file_blocks, measure_reading
+from memsched.detection.disk_rate import file_blocks, measure_reading
+from memsched.detection.memory_limits import own_groups
 from memsched.machine import NVME
-from memsched.memory_limits import own_groups
 from memsched.plan import Copy
 from memsched.report.comparison import busy_seconds
-from memsched.sizes import parse_size
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.planned.runner import PlannedRunner
 
-__all__ = ["PassFigures", "disk_reader", "ledger_peak_bytes", "own_groups", "parse_size"]
+__all__ = ["PassFigures", "disk_reader", "last_pass", "ledger_peak_bytes", "own_groups"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassFigures:
-    """One pass of a phase: seconds in which steps ran, and bytes that its plan reads from disk."""
+    """One pass of a phase.
+
+    Seconds in which steps ran, bytes that its plan reads from disk, bytes of all its weights.
+    """
 
     compute_s: float
     plan_bytes: int
+    weight_bytes: int
 
 
 def last_pass(model: Qwen3VL, phase: str) -> PassFigures:
@@ -35,7 +38,9 @@ def last_pass(model: Qwen3VL, phase: str) -> PassFigures:
     """
     runner = planned_runner(model)
     planned = runner.plans[phase]
-    arrays = planned.traced.program.arrays
+    program = planned.traced.program
+    arrays = program.arrays
+    read = {name for step in program.steps for name in step.reads}
     return PassFigures(
         busy_seconds(planned.plan, runner.spans[phase])["compute"],
         sum(
@@ -43,12 +48,8 @@ def last_pass(model: Qwen3VL, phase: str) -> PassFigures:
             for action in planned.plan.actions
             if isinstance(action, Copy) and action.source == NVME
         ),
+        sum(arrays[name].nbytes for name in read if arrays[name].kind == "weight"),
     )
-
-
-def read_bytes(model: Qwen3VL) -> int:
-    """What a planned model has read from disk so far."""
-    return planned_runner(model).executor.read_bytes
 
 
 def ledger_peak_bytes(model: Qwen3VL) -> dict[str, int]:
@@ -75,11 +76,11 @@ def disk_reader(files: Iterable[Path], *, seed: int = 0) -> Callable[[float], fl
     its own would not be found there by a model either.
 
     Raises:
-        UsageError: no file is as large as one block.
+        UsageError: there is nothing to read.
     """
     blocks = file_blocks(sorted(files))
     if not blocks:
-        raise UsageError("the checkpoint has no file of a whole block to measure the disk with")
+        raise UsageError("there are no files to measure the disk with; make the checkpoint anew")
     random.Random(seed).shuffle(blocks)
     order = itertools.cycle(blocks)
     return lambda seconds: measure_reading(order, seconds=seconds)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memsched.detect import detect, with_limits
+from memsched.detection.this_machine import detect, with_limits
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.profiles import load_machine
 from memsched.sizes import parse_size

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from memsched.program import ArraySpec, Program
-from memsched.trace import Kernels, trace
 from memsched.tracing.array_names import array_names
+from memsched.tracing.function import Kernels, trace
 from qwen3vl_jax.network import Qwen3VLNetwork
 from qwen3vl_jax.phases import Phase, part
 
@@ -48,8 +48,15 @@ def trace_phase(phase: Phase, network: Qwen3VLNetwork, arrays: tuple[Any, ...]) 
     """Traces a phase. Neither `network` nor `arrays` need any memory: shapes are enough."""
     parts = tuple(part(network, path) for path in phase.weights)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays)
+    trees = []
+
+    def function(*values: Any) -> Any:
+        result = phase.function(*values)
+        trees.append(jax.tree.structure(result))
+        return result
+
     program, kernels = trace(
-        phase.function,
+        function,
         *parts,
         *shapes,
         names=(*phase.weights, *phase.arrays),
@@ -57,8 +64,7 @@ def trace_phase(phase: Phase, network: Qwen3VLNetwork, arrays: tuple[Any, ...]) 
     )
     names = leaf_names(shapes, tuple(phase.arrays))
     known = tuple(name if name in program.arrays else None for name in names)
-    tree = jax.tree.structure(jax.eval_shape(phase.function, *parts, *shapes))
-    return Traced(phase.name, program, kernels, known, program.outputs, tree)
+    return Traced(phase.name, program, kernels, known, program.outputs, trees[-1])
 
 
 def leaf_names(arrays: tuple[Any, ...], roots: tuple[str, ...]) -> tuple[str, ...]:

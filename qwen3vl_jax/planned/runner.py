@@ -77,7 +77,7 @@ class PlannedRunner:
         self.chunk_tokens = chunk_tokens
         self.machine = machine
         self._network = network
-        self._config = config
+        self.config = config
         self._rows = rows
         self._cost = cost
         self._phases = phases(config)
@@ -98,6 +98,11 @@ class PlannedRunner:
         )
 
     @property
+    def dtype(self) -> np.dtype:
+        """The dtype of all weights."""
+        return np.dtype(self._network.language_model.norm.weight.get_value().dtype)
+
+    @property
     def plans(self) -> dict[str, Planned]:
         """The newest plan of every phase."""
         return {planned.traced.name: planned for planned in self._plans.values()}
@@ -107,13 +112,13 @@ class PlannedRunner:
         if (batch, capacity) == self._expected:
             return
         self._expected = (batch, capacity)
-        dtype = self._network.language_model.norm.weight.get_value().dtype
-        cache = cache_shapes(self._config, batch, capacity, dtype)
+        dtype = self.dtype
+        cache = cache_shapes(self.config, batch, capacity, dtype)
         self._cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         self._group, self._plans = {}, {}
         for name, shapes in (
-            ("decode", decode_shapes(self._config, batch, capacity, dtype)),
-            ("scores", scores_shapes(self._config, batch, dtype)),
+            ("decode", decode_shapes(self.config, batch, capacity, dtype)),
+            ("scores", scores_shapes(self.config, batch, dtype)),
         ):
             self._join(self._phases[name], shapes)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memsched.workspace import workspace_bytes
+from memsched.tracing.workspace import workspace_bytes
 from qwen3vl_jax import text, vision
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.config import load_config
@@ -34,9 +34,9 @@ def cases() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         seen = (S((tokens,), jnp.int32), S((1, 256), jnp.bool_))
         queries = S((1, 16, tokens, 128), dtype)
         yield f"attention {dtype.__name__}", jax.jit(attention), (queries, keys, keys, *seen)
-    queries = S((1, 16, 128, 128), jnp.float32)
-    keys = S((8, 8192, 128), jnp.float32)
-    seen = (S((128,), jnp.int32), S((1, 8192), jnp.bool_))
+    queries = S((1, 16, 16, 32), jnp.float32)
+    keys = S((8, 65536, 32), jnp.float32)
+    seen = (S((16,), jnp.int32), S((1, 65536), jnp.bool_))
     yield "attention to a long cache", jax.jit(attention), (queries, keys, keys, *seen)
     thin = dataclasses.replace(CONFIG.text, hidden_size=256, intermediate_size=8192)
     for dtype in (half, jnp.float32):

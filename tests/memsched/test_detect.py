@@ -11,12 +11,18 @@ import jax
 import pytest
 
 from memsched import disk_rate
-from memsched.compute_rate import measure_transfers
-from memsched.detect import BLOCK_BYTES, RESERVE_BYTES, detect, plannable, with_limits
-from memsched.disk_rate import free_bytes, measure_disk
+from memsched.detection.compute_rate import measure_transfers
+from memsched.detection.disk_rate import free_bytes, measure_disk
+from memsched.detection.memory_limits import Room, main_memory
+from memsched.detection.this_machine import (
+    BLOCK_BYTES,
+    RESERVE_BYTES,
+    detect,
+    plannable,
+    with_limits,
+)
 from memsched.errors import DoesNotFitError, ProgramError, StoreError
 from memsched.machine import Compute, Machine, Tier
-from memsched.memory_limits import Room, main_memory
 from memsched.profiles import load_machine, write_machine
 
 GIB = 1 << 30
@@ -123,7 +129,7 @@ def test_own_limits_count_what_is_already_taken(tmp_path: Path) -> None:
 
 
 def test_the_process_s_real_limit_is_seen() -> None:
-    code = "from memsched.memory_limits import main_memory; print(main_memory().limit)"
+    code = "from memsched.detection.memory_limits import main_memory; print(main_memory().limit)"
     limit = (3 * GIB, resource.RLIM_INFINITY)
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -8,7 +8,7 @@ from symbolic import objections
 
 from memsched.plan import Copy
 from memsched.plan_json import from_json, to_json
-from memsched.verify import verify, verify_hand_over
+from memsched.referee import verify, verify_hand_over
 
 
 def test_every_tiny_program_has_a_golden_plan_and_no_other_is_kept() -> None:

@@ -24,7 +24,7 @@ from memsched.passes.slots import CyclicStay, cyclic_offsets
 from memsched.passes.stack import Stack
 from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Program, Step
-from memsched.verify import verify
+from memsched.referee import verify
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -358,11 +358,20 @@ def test_a_bridge_leads_through_the_host() -> None:
         "b",
         "c",
     ]
-    small = tiny_machine(device=1024, host=256)
-    full = (Residence("d", HOST, offset=0),)
+    small = tiny_machine(device=1024, host=192)
     with pytest.raises(DoesNotFitError, match="256 B must pass through tier 'host'") as refused:
-        bridge(full, (*full, Residence("a", DEVICE)), WEIGHTS, small, "a")
-    assert refused.value.smallest == {HOST: 512}
+        bridge((), (Residence("a", DEVICE),), WEIGHTS, small, "a")
+    assert refused.value.smallest == {HOST: 256}
+
+
+def test_what_is_in_the_way_in_the_host_is_loaded_again() -> None:
+    machine = tiny_machine(device=1024, host=512)
+    full = tuple(Residence(name, HOST, offset=at) for name, at in (("c", 0), ("d", 256)))
+    made, plan = bridge(full, (*full, Residence("a", DEVICE)), WEIGHTS, machine, "a")
+    verify(plan, made, machine)
+    moved = {one.array for one in plan.actions if isinstance(one, Copy) and one.source == NVME}
+    assert len(moved) == 2
+    assert "a" in moved
 
 
 def test_weights_of_others_stay_where_a_plan_leaves_room() -> None:

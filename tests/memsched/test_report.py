@@ -12,6 +12,7 @@ from memsched.cost import Roofline, Span
 from memsched.machine import Machine
 from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Program
+from memsched.referee import verify
 from memsched.report import (
     Measured,
     busy_seconds,
@@ -25,7 +26,6 @@ from memsched.report import (
     to_text,
 )
 from memsched.report.text import WIDTH, seconds_text
-from memsched.verify import verify
 
 COST = Roofline()
 # Three layers of 256 B; 1,000 operations each at 1e6 per second; disk 1e6 B/s.

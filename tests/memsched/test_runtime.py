@@ -20,11 +20,11 @@ import tiny_kernels
 from memsched.machine import Machine
 from memsched.plan import Plan
 from memsched.program import Program
+from memsched.referee import verify
 from memsched.runtime import Executor, Outcome
 from memsched.runtime.flight import Flight
 from memsched.stores.blocks import StoredArray
 from memsched.stores.reader import Reader
-from memsched.verify import verify
 
 MACHINES = {
     "two tiers": programs.tiny_machine(),

@@ -18,11 +18,11 @@ from memsched.errors import PlanError
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Program, Step
+from memsched.referee import verify
 from memsched.runtime import Executor, execute
 from memsched.runtime.ranges import size, union, without
 from memsched.stores.blocks import StoredArray
 from memsched.stores.reader import Reader
-from memsched.verify import verify
 
 TWO, THREE = programs.tiny_machine(), programs.tiny_machine(host=1 << 20)
 CHAIN = programs.chain(2)

@@ -17,7 +17,7 @@ import memsched
 from memsched.errors import PlanError, ProgramError
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Step
-from memsched.verify import verify, verify_hand_over
+from memsched.referee import verify, verify_hand_over
 
 PACKAGE = Path(memsched.__file__).parent
 
@@ -546,7 +546,7 @@ def test_a_plan_follows_another_if_the_weights_lie_where_they_were_left() -> Non
 def test_twenty_thousand_actions_take_less_than_a_second() -> None:
     script = """
 import time, programs
-from memsched.verify import verify
+from memsched.referee import verify
 chain, machine = programs.chain(5000), programs.tiny_machine(device=1 << 22)
 plan = programs.naive_plan(chain, machine)
 start = time.process_time()

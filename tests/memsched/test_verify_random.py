@@ -22,7 +22,7 @@ from memsched.errors import PlanError
 from memsched.machine import Machine
 from memsched.plan import Plan, Run
 from memsched.program import Program
-from memsched.verify import verify
+from memsched.referee import verify
 
 
 def tight(machine: Machine, plan: Plan, program: Program) -> Machine:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memsched.workspace import MARGIN_SHARE, flops, workspace_bytes
+from memsched.tracing.workspace import MARGIN_SHARE, flops, workspace_bytes
 
 S = jax.ShapeDtypeStruct
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def peaks() -> dict[str, tuple[int, int]]:
 )
 def test_the_workspace_is_never_below_the_measured_peak_and_little_above(case: str) -> None:
     predicted, measured = peaks()[case]
-    assert measured > 30_000_000, "too small to tell"
+    assert measured > 40_000_000, "too small to tell"
     assert measured <= predicted <= MOST_SHARE * measured + MOST_BYTES, peaks()
 
 
@@ -102,6 +102,10 @@ def two_products(first: jax.Array, second: jax.Array, x: jax.Array) -> jax.Array
     return jnp.tanh(x @ first.T) @ second
 
 
+def four_products(square: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ square @ square @ square @ square
+
+
 def chain(x: jax.Array) -> jax.Array:
     return jnp.exp(jnp.sin(x) * 2 + 1) - x
 
@@ -131,13 +135,15 @@ def halves(x: jax.Array, weight: jax.Array) -> jax.Array:
         (written, (S((64, 32), jnp.float32), ROWS), 0),
         # The first product, and what the second reads.
         (two_products, (MATRIX, MATRIX, ROWS), 2 * 8 * 64 * 4),
+        # Never more than what is read and what is written; the last is the result.
+        (four_products, (S((32, 32), jnp.float32), ROWS), 2 * 8 * 32 * 4),
         (widened, (ROWS, S((64, 32), jnp.int8)), 64 * 32 * 4),
         # The largest value of each row, the exponentials, and their sum.
         (softmax, (ROWS,), 8 * 32 * 4 + 2 * 8 * 4),
         # The carried sum, the next one, and the product that is added.
         (halves, (ROWS, MATRIX), 3 * 8 * 64 * 4),
     ],
-    ids=["fused", "in place", "two products", "widened weight", "softmax", "loop"],
+    ids=["fused", "in place", "two products", "four products", "widened weight", "softmax", "loop"],
 )
 def test_workspace_by_hand(function: Any, shapes: Any, nbytes: int) -> None:
     found = workspace_bytes(jaxpr(function, *shapes))
@@ -155,8 +161,9 @@ def test_the_platform_decides_which_branch_counts() -> None:
         return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
 
     traced = jaxpr(either, ROWS, S((64, 32), jnp.int8))
-    assert workspace_bytes(traced, platform="cpu") == with_margin(64 * 32 * 4)
-    assert workspace_bytes(traced, platform="cuda") == 0
+    wide, number = 64 * 32 * 4, 8
+    assert wide <= workspace_bytes(traced, platform="cpu") <= with_margin(wide) + number
+    assert workspace_bytes(traced, platform="cuda") <= number
 
 
 def test_more_tokens_never_need_less() -> None:

@@ -17,12 +17,12 @@ MOST_PASSES = 8
 class Lane:
     """The visits of one tier in their order, and who must leave before whom.
 
-    `floors[i]`: visits before this number have left when visit i comes; None if it needs no one's
-    room. `before[i]`: the number of the visit of the same array that precedes it, if any. Numbers
-    below zero count back into the round before.
+    `floors[i]`: visits before this number have left when visit i comes. `before[i]`: the number of
+    the visit of the same array that precedes it, if any. Numbers below zero count back into the
+    round before.
     """
 
-    floors: tuple[int | None, ...]
+    floors: tuple[int, ...]
     before: tuple[int | None, ...]
 
 
@@ -46,11 +46,6 @@ class Clock:
     earliest: int
     repeat: bool
 
-    def at(self, values: Sequence[int], index: int) -> int:
-        """The value of a visit by its number, of this round or of one before."""
-        turn, place = divmod(index, len(values))
-        return values[place] + turn * self.steps
-
 
 def arrivals(
     clock: Clock,
@@ -72,22 +67,22 @@ def arrivals(
         late: steps to wait longer than necessary, where there is time. A Free holds up what is
             issued after it, so it should not wait for the step issued just before.
     """
-    comes = list(start)
+    hard = _waits(clock, lane, gone)
+    if any(step >= limit for step, limit in zip(hard, first, strict=True)):
+        return None
+    # The end of a round waits for its last step anyway.
+    waits = [
+        step if clock.repeat and (step + 1) % clock.steps == 0 else min(step + late, limit - 1)
+        for step, limit in zip(hard, first, strict=True)
+    ]
+    comes = [max(own, wait) for own, wait in zip(start, waits, strict=True)]
+    latest = clock.earliest
     for _ in range(MOST_PASSES):
-        latest = clock.earliest
+        before = comes
         if clock.repeat and comes:
-            latest = max(latest, comes[-1] - clock.steps)
-        settled = True
-        for index, own in enumerate(comes):
-            hard = _wait_for(clock, lane, gone, index)
-            if hard >= first[index]:
-                return None
-            # The end of a round waits for its last step anyway.
-            wait = 0 if clock.repeat and (hard + 1) % clock.steps == 0 else late
-            latest = max(latest, own, min(hard + wait, first[index] - 1))
-            settled = settled and latest == own
-            comes[index] = latest
-        if settled:
+            latest = max(clock.earliest, comes[-1] - clock.steps)
+        comes = list(itertools.accumulate([latest, *comes], max))[1:]
+        if comes == before:
             break
     return tuple(comes)
 
@@ -102,24 +97,22 @@ def departures(clock: Clock, lane: Lane, comes: Sequence[int], due: Sequence[int
         number, step = index + turn * count, comes[index] + turn * clock.steps
         floor, same = lane.floors[index], lane.before[index]
         waiting = [] if same is None else [same + turn * count]
-        if floor is not None:
-            waiting += range(oldest, min(floor + turn * count, count))
-            oldest = max(oldest, floor + turn * count)
+        waiting += range(oldest, min(floor + turn * count, count))
+        oldest = max(oldest, floor + turn * count)
         for other in waiting:
             if 0 <= other < count and step <= goes[other] and gone_for[other] == LATEST:
                 goes[other], gone_for[other] = step, number
     return Times(tuple(comes), tuple(goes), tuple(gone_for))
 
 
-def _wait_for(clock: Clock, lane: Lane, gone: Sequence[int], index: int) -> int:
-    """The last step that must be over before a visit comes."""
-    numbers = [lane.before[index]]
-    floor = lane.floors[index]
-    if floor is not None:
-        numbers.append(floor - 1)
-    steps = [
-        clock.at(gone, number)
-        for number in numbers
-        if number is not None and (clock.repeat or number >= 0)
-    ]
-    return max(steps, default=clock.earliest - 1)
+def _waits(clock: Clock, lane: Lane, gone: Sequence[int]) -> list[int]:
+    """For each visit the last step that must be over before it comes."""
+    count, waits = len(gone), []
+    for floor, before in zip(lane.floors, lane.before, strict=True):
+        wait = clock.earliest - 1
+        for number in (floor - 1, before):
+            if number is not None and (clock.repeat or number >= 0):
+                turn, place = divmod(number, count)
+                wait = max(wait, gone[place] + turn * clock.steps)
+        waits.append(wait)
+    return waits

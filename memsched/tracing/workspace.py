@@ -9,6 +9,7 @@ from three rules, read off its output for the steps that matter and tested again
 * Memory is used again after its last reader.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -22,7 +23,7 @@ from memsched.tracing.materialised import (
     Materialised,
     materialised,
     narrow,
-    single_row,
+    rows,
 )
 
 # Beside the bytes of temporaries: gaps between them, and operands that products pack.
@@ -69,11 +70,23 @@ def workspace_bytes(jaxpr: jex.Jaxpr, *, platform: str | None = None) -> int:
     Args:
         platform: whose branch of `jax.lax.platform_dependent` counts; by default the one here.
     """
-    peak = _peak(jaxpr, platform or jax.default_backend(), of_loop=False)
+    found = _peak(jaxpr, platform or jax.default_backend(), of_loop=False)
+    peak = found.block_bytes + found.hidden_bytes
     return peak + min(peak // MARGIN_SHARE, MARGIN_BYTES)
 
 
-def _peak(jaxpr: jex.Jaxpr, platform: str, *, of_loop: bool) -> int:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Peak:
+    """The block of all temporaries, and what products take beside it.
+
+    They add up whenever they occur: the block is given back at the end only.
+    """
+
+    block_bytes: int
+    hidden_bytes: int = 0
+
+
+def _peak(jaxpr: jex.Jaxpr, platform: str, *, of_loop: bool) -> _Peak:
     """The most bytes of temporaries at one time.
 
     The body of a loop keeps its results here too, but for those written into what it was given.
@@ -83,42 +96,57 @@ def _peak(jaxpr: jex.Jaxpr, platform: str, *, of_loop: bool) -> int:
     free = set(range(found.inputs)) | (set() if of_loop else set(found.outputs))
     births = _births(found, values)
     live: dict[int, int] = {}
-    peak = 0
+    block, hidden = 0, values.hidden_bytes(wide=of_loop)
     for position, operation in enumerate(found.operations):
-        if operation.name in WRITES_INTO:
-            target = operation.operands[0]
-            if of_loop and target in free:
-                free.update(operation.results)
-            if values.last[target] == position:
+        for target, result in _in_place(operation):
+            if of_loop and target in free and operation.name in WRITES_INTO:
+                free.add(result)
+            if values.last.get(target) == position:
                 live.pop(target, None)
         for value in births.get(position, ()):
             if value not in free:
                 live[value] = values.written[value]
-        now = sum(live.values()) + _inside(operation, found, values, platform)
-        peak = max(peak, now)
+        inside = _inside(operation, found, values, platform)
+        block = max(block, sum(live.values()) + inside.block_bytes)
+        hidden = max(hidden, inside.hidden_bytes)
         for value in [value for value in live if values.last[value] <= position]:
             del live[value]
-    return peak + values.hidden_bytes
+    return _Peak(block, hidden)
+
+
+def _in_place(operation: Operation) -> list[tuple[int, int]]:
+    """Operands, and the results that take over their memory if nobody else reads them."""
+    params, operands = operation.equation.params, operation.operands
+    first = 0
+    match operation.name:
+        case "scan":
+            first, count = params["num_consts"], params["num_carry"]
+        case "while":
+            first, count = params["cond_nconsts"] + params["body_nconsts"], len(operation.results)
+        case name:
+            count = int(name in WRITES_INTO)
+    return list(zip(operands[first : first + count], operation.results[:count], strict=True))
 
 
 def _births(found: Graph, values: Materialised) -> dict[int, list[int]]:
     """The values that appear at each operation.
 
-    What a loop fills is there as early as what it reads: XLA clears it while it is at it.
+    What a loop fills is there as early as what it walks through: XLA clears both in one go.
     """
     made: dict[int, int] = {}
     births: dict[int, list[int]] = {}
     for position, operation in enumerate(found.operations):
-        for value in operation.results:
+        carried = len(_in_place(operation))
+        read = [made[operand] for operand in operation.operands if operand in made]
+        for number, value in enumerate(operation.results):
             if value in values.written:
-                read = [made[operand] for operand in operation.operands if operand in made]
-                early = operation.name == "scan" and bool(read)
+                early = operation.name == "scan" and number >= carried and read
                 made[value] = position
                 births.setdefault(max(read) if early else position, []).append(value)
     return births
 
 
-def _inside(operation: Operation, found: Graph, values: Materialised, platform: str) -> int:
+def _inside(operation: Operation, found: Graph, values: Materialised, platform: str) -> _Peak:
     """Bytes that an operation takes while it works."""
     params = operation.equation.params
     match operation.name:
@@ -128,12 +156,15 @@ def _inside(operation: Operation, found: Graph, values: Materialised, platform: 
             return _peak(params["body_jaxpr"].jaxpr, platform, of_loop=True)
         case "cond":
             chosen = _branches(operation.equation, platform)
-            return max(_peak(branch.jaxpr, platform, of_loop=False) for branch in chosen)
+            peaks = [_peak(branch.jaxpr, platform, of_loop=False) for branch in chosen]
+            return _Peak(
+                max(peak.block_bytes for peak in peaks), max(peak.hidden_bytes for peak in peaks)
+            )
         case "dot_general":
-            return _widened(operation, found, values)
+            return _Peak(_widened(operation, found, values))
         case name if name in MOVES:
-            return _copied(operation, values)
-    return 0
+            return _Peak(_copied(operation, values))
+    return _Peak(0)
 
 
 def _branches(equation: jex.JaxprEqn, platform: str) -> tuple[jex.ClosedJaxpr, ...]:
@@ -158,7 +189,7 @@ def _widened(operation: Operation, found: Graph, values: Materialised) -> int:
     for side, value in enumerate(operation.operands):
         given = found.avals[value]
         always = narrow(result.dtype) or given.dtype == "float16"
-        if narrow(given.dtype) and (always or single_row(equation, 1 - side)):
+        if narrow(given.dtype) and (always or rows(equation, 1 - side) == 1):
             bytes_wide = WIDE_BYTES * given.size
             copied += 0 if values.written.get(value) == bytes_wide else bytes_wide
     return int(copied)

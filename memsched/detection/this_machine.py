@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memsched.disk_rate import DiskRate, free_bytes, measure_disk
+from memsched.detection.disk_rate import DiskRate, free_bytes, measure_disk
+from memsched.detection.memory_limits import ROOT, Room, main_memory
 from memsched.errors import DoesNotFitError, ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Compute, Link, Machine, Tier
-from memsched.memory_limits import ROOT, Room, main_memory
 from memsched.profiles import PLATFORMS
 from memsched.sizes import LARGEST_BYTES, format_size
 
@@ -162,7 +162,7 @@ def _device_room(device: "jax.Device") -> Room:
 
 
 def _measured(device: "jax.Device", directory: Path, measure_s: float) -> _Rates:
-    from memsched.compute_rate import measure_compute, measure_transfers
+    from memsched.detection.compute_rate import measure_compute, measure_transfers
 
     disk = measure_disk(directory, seconds=measure_s)
     compute = measure_compute(device, seconds=measure_s)

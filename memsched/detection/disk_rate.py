@@ -76,16 +76,25 @@ def measure_disk(directory: Path, *, seconds: float) -> DiskRate:
         raise StoreError(f"directory {directory}: {error.strerror}; give another one") from error
 
 
-def file_blocks(paths: Iterable[Path]) -> list[tuple[Path, int]]:
-    """Every whole block of some files: where it is, and its offset."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileBlock:
+    """A part of a file, no larger than `BLOCK_BYTES`."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def file_blocks(paths: Iterable[Path]) -> list[FileBlock]:
+    """All blocks of some files."""
     return [
-        (path, offset)
-        for path in paths
-        for offset in range(0, path.stat().st_size - BLOCK_BYTES + 1, BLOCK_BYTES)
+        FileBlock(path, offset, min(BLOCK_BYTES, size - offset))
+        for path, size in ((path, path.stat().st_size) for path in paths)
+        for offset in range(0, size, BLOCK_BYTES)
     ]
 
 
-def measure_reading(blocks: Iterable[tuple[Path, int]], *, seconds: float) -> float:
+def measure_reading(blocks: Iterable[FileBlock], *, seconds: float) -> float:
     """Bytes per second of reading blocks of files that are there, past the page cache.
 
     As many blocks are read as take that time, at least one. An iterator goes on where it stopped
@@ -95,18 +104,17 @@ def measure_reading(blocks: Iterable[tuple[Path, int]], *, seconds: float) -> fl
         StoreError: a file cannot be read, or ended before a block did.
     """
 
-    def read(block: tuple[Path, int], buffer: Bytes) -> int:
-        path, offset = block
+    def read(block: FileBlock, buffer: Bytes) -> int:
         try:
-            file = open_direct(path, os.O_RDONLY)
+            file = open_direct(block.path, os.O_RDONLY)
             try:
-                return file.read([buffer], offset, BLOCK_BYTES)
+                return file.read([buffer], block.offset, block.nbytes)
             finally:
                 file.close()
         except EndOfFileError as error:
-            raise StoreError(f"{path}: {error}; it was cut while it was read") from None
+            raise StoreError(f"{block.path}: {error}; it was cut while it was read") from None
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; restore it") from None
+            raise StoreError(f"{block.path}: {error.strerror}; restore it") from None
 
     buffers = _buffers()
     start = time.perf_counter()

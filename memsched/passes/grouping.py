@@ -1,0 +1,171 @@
+"""Many weights that are always read together are planned as one, and moved one by one.
+
+A layer of experts has 256 small arrays that the same steps read. To choose among 24,000 of them
+takes minutes and gains nothing over choosing among some hundred groups.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from memsched.cost import CostModel
+from memsched.machine import NVME, Machine, rounded
+from memsched.plan import Action, Copy, Free, Plan, Residence, Run
+from memsched.program import ArraySpec, Program
+
+# Weights that the same steps read are put together if they are more than these.
+MOST_ALONE = 64
+# They become so many groups: as many decisions as a dense layer offers.
+GROUPS = 16
+# A group takes at most this share of a tier.
+TIER_SHARE = 16
+
+Members = Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grouped:
+    """Programs with groups in the place of their members.
+
+    `members` has the members of every group, `shares` where each lies in its group and what it
+    takes there.
+    """
+
+    programs: Mapping[str, Program]
+    members: Members
+    shares: Mapping[str, tuple[int, int]]
+    whole: Program
+
+    def cost(self, cost: CostModel) -> CostModel:
+        """A cost model for these programs: a group takes what its members take."""
+        return _GroupedCost(cost, self.members, self.whole) if self.members else cost
+
+    def expanded(self, plan: Plan, program: Program) -> Plan:
+        """A plan for one of these programs as a plan for the `program` that it was made of."""
+        if not self.members:
+            return plan
+        actions: list[Action] = []
+        slots: dict[int, int] = {}
+        for index, action in enumerate(plan.actions):
+            for part, place in self._parts(action):
+                if index in plan.slots:
+                    slots[len(actions)] = plan.slots[index] + place
+                actions.append(part)
+        return Plan(
+            program.digest,
+            plan.machine,
+            tuple(self._residences(plan.entry)),
+            tuple(actions),
+            tuple(self._residences(plan.exit)),
+            slots,
+        )
+
+    def _parts(self, action: Action) -> list[tuple[Action, int]]:
+        """The actions of a group's members, each with its place in the group."""
+        if isinstance(action, Run) or action.array not in self.members:
+            return [(action, 0)]
+        return [
+            (dataclasses.replace(action, array=name), self.shares[name][0])
+            for name in self.members[action.array]
+        ]
+
+    def _residences(self, rests: Iterable[Residence]) -> Iterable[Residence]:
+        for rest in rests:
+            for name in self.members.get(rest.array, (rest.array,)):
+                if rest.offset is None or rest.array not in self.members:
+                    yield dataclasses.replace(rest, array=name)
+                else:
+                    offset = rest.offset + self.shares[name][0]
+                    yield dataclasses.replace(rest, array=name, offset=offset)
+
+
+def group_weights(programs: Mapping[str, Program], machine: Machine) -> Grouped:
+    """Puts weights together that the same steps of all programs read; the same ones everywhere."""
+    weights = {
+        name: spec
+        for program in programs.values()
+        for name, spec in program.arrays.items()
+        if spec.kind == "weight"
+    }
+    readers: dict[str, list[tuple[str, int]]] = {}
+    for key, program in programs.items():
+        for index, step in enumerate(program.steps):
+            for name in dict.fromkeys(step.reads):
+                if name in weights:
+                    readers.setdefault(name, []).append((key, index))
+    alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for name, steps in readers.items():
+        alike.setdefault(tuple(steps), []).append(name)
+    unit = max(tier.alignment_bytes for tier in machine.tiers)
+    sizes = {name: rounded(spec.nbytes, unit) for name, spec in weights.items()}
+    members: dict[str, tuple[str, ...]] = {}
+    for together in alike.values():
+        if len(together) > MOST_ALONE:
+            members |= _cut(together, sizes, machine)
+    shares = {}
+    for names in members.values():
+        place = 0
+        for name in names:
+            shares[name] = place, sizes[name]
+            place += sizes[name]
+    found = {key: _coarse(program, members, shares) for key, program in programs.items()}
+    return Grouped(found, members, shares, Program(weights, (), ()))
+
+
+def _cut(
+    names: Iterable[str], sizes: Mapping[str, int], machine: Machine
+) -> dict[str, tuple[str, ...]]:
+    """Neighbours in groups of about equal bytes."""
+    order = list(names)
+    most = sum(sizes[name] for name in order) // GROUPS
+    for tier in machine.tiers:
+        if tier.name != NVME:
+            most = min(most, tier.max_array_bytes, tier.capacity_bytes // TIER_SHARE)
+    groups: list[list[str]] = []
+    room = 0
+    for name in order:
+        if not groups or sizes[name] > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= sizes[name]
+    return {f"{group[0]} and {len(group) - 1} more": tuple(group) for group in groups if group[1:]}
+
+
+def _coarse(program: Program, members: Members, shares: Mapping[str, tuple[int, int]]) -> Program:
+    """A program that reads groups."""
+    if not members:
+        return program
+    group_of = {name: group for group, names in members.items() for name in names}
+    arrays: dict[str, ArraySpec] = {}
+    for name, spec in program.arrays.items():
+        group = group_of.get(name)
+        if group is None:
+            arrays[name] = spec
+        elif group not in arrays:
+            nbytes = sum(shares[member][1] for member in members[group])
+            arrays[group] = ArraySpec(group, (nbytes,), "uint8", "weight")
+    steps = tuple(
+        dataclasses.replace(
+            step, reads=tuple(dict.fromkeys(group_of.get(name, name) for name in step.reads))
+        )
+        for step in program.steps
+    )
+    return Program(arrays, steps, program.outputs)
+
+
+class _GroupedCost:
+    """Seconds of a group are those of its members, one after another."""
+
+    def __init__(self, cost: CostModel, members: Members, whole: Program) -> None:
+        self._cost = cost
+        self._members = members
+        self._whole = whole
+
+    def seconds(self, action: Action, program: Program, machine: Machine) -> float:
+        """Seconds of one action."""
+        if isinstance(action, Copy | Free) and action.array in self._members:
+            return sum(
+                self._cost.seconds(dataclasses.replace(action, array=name), self._whole, machine)
+                for name in self._members[action.array]
+            )
+        return self._cost.seconds(action, program, machine)

@@ -1,0 +1,65 @@
+"""The smallest budgets with which phases can be planned."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from memsched.cost import CostModel, Remembered
+from memsched.errors import DoesNotFitError
+from memsched.machine import Machine
+from memsched.passes.budgets import smallest_bytes
+from memsched.passes.compile import compile_phases
+from memsched.passes.grouping import group_weights
+from memsched.passes.lower.values import value_budgets
+from memsched.passes.needs import read_needs
+from memsched.program import Program
+
+MOST_TRIES = 16
+# Where the least by count has no plan after all, this much more is tried.
+MORE = 1.02
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Smallest:
+    """The least of each tier: enough for every phase by count. `checked` proves it."""
+
+    nbytes: Mapping[str, int]
+    programs: Mapping[str, Program]
+    machine: Machine
+    cost: CostModel
+
+    def checked(self) -> dict[str, int]:
+        """Budgets with which there is a plan; nothing but what the count says, where that works.
+
+        Raises:
+            DoesNotFitError: none was found.
+        """
+        now = dict(self.nbytes)
+        for _ in range(MOST_TRIES):
+            try:
+                compile_phases(self.programs, self.machine.with_capacities(now), self.cost)
+            except DoesNotFitError as error:
+                more = {name: int(now[name] * MORE) for name in now}
+                now |= {name: max(nbytes, more[name]) for name, nbytes in error.smallest.items()}
+                if not error.smallest:
+                    now = more
+            else:
+                return now
+        raise DoesNotFitError("no budget was found that is enough; raise all of them", now)
+
+
+def smallest_budgets(
+    programs: Mapping[str, Program], machine: Machine, cost: CostModel
+) -> Smallest:
+    """What each tier needs at least for all of some phases.
+
+    Raises:
+        ProgramError: an array is larger than a tier takes.
+    """
+    grouped = group_weights(programs, machine)
+    least: dict[str, int] = {}
+    for program in grouped.programs.values():
+        needs = read_needs(program, machine, Remembered(grouped.cost(cost)))
+        for name, nbytes in smallest_bytes(needs, value_budgets(needs)).items():
+            least[name] = max(nbytes, least.get(name, 0))
+    ordered = {tier.name: least[tier.name] for tier in machine.tiers}
+    return Smallest(ordered, programs, machine, cost)

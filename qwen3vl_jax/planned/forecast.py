@@ -1,0 +1,265 @@
+"""What a request would take on some machine, from a config.json alone: no weight is opened.
+
+A request is passed through the same phases, in the same shapes, as the model itself would use.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsched.cost import CostModel, Roofline, plan_seconds
+from memsched.errors import DoesNotFitError
+from memsched.machine import NVME, Machine
+from memsched.passes.baselines import baselines
+from memsched.passes.bridge import bridge
+from memsched.passes.compile import compile_phases
+from memsched.plan import Plan, Residence
+from memsched.referee import verify
+from memsched.report import Summary, summarize
+from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.cache import SMALLEST_CAPACITY
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.frames import pieces
+from qwen3vl_jax.inputs import SMALLEST_FEATURES, SMALLEST_TOKENS
+from qwen3vl_jax.network import Features, empty_features
+from qwen3vl_jax.phases import PREFILL_CHUNK, phases
+from qwen3vl_jax.planned.budgets import smallest_budgets
+from qwen3vl_jax.planned.loading import vocab_rows
+from qwen3vl_jax.planned.programs import Traced, trace_phase
+from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.shapes import Shape, cache_shapes, decode_shapes, scores_shapes
+from qwen3vl_jax.planned.skeleton import shape_network
+
+# The way that is not among the predicted ones where it does not fit.
+RESIDENT = "resident"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """A phase for arrays of some shapes, `count` times in a request.
+
+    `part` is what users know it as: "vision", "prefill" or "decode".
+    """
+
+    name: str
+    phase: str
+    part: str
+    count: int
+    arrays: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pass:
+    """Some work with its plan.
+
+    `moving_s` is what it takes to bring weights from where the pass before leaves them to where
+    this plan expects them; the first one finds them all in files.
+    """
+
+    work: Work
+    traced: Traced
+    plan: Plan
+    summary: Summary
+    moving_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Forecast:
+    """A request in plans: all passes in their order, the last one decodes a token for each row.
+
+    `plan_seconds` is what planning took, `plan_cpu_seconds` the same without waiting for a core.
+    """
+
+    config: Config
+    machine: Machine
+    request: Request
+    dtype: str
+    passes: tuple[Pass, ...]
+    smallest_bytes: Mapping[str, int]
+    plan_seconds: float
+    plan_cpu_seconds: float
+
+    def of_part(self, part: str) -> tuple[Pass, ...]:
+        """The passes of "vision", "prefill" or "decode"."""
+        return tuple(one for one in self.passes if one.work.part == part)
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """The plans in numbers, by name."""
+        return {one.work.name: one.summary for one in self.passes}
+
+
+def forecast(
+    config: Config,
+    machine: Machine,
+    request: Request,
+    *,
+    dtype: np.dtype,
+    cost: CostModel | None = None,
+) -> Forecast:
+    """Plans a request, and predicts what its plans and some plainer ways take.
+
+    Raises:
+        DoesNotFitError: a phase has no plan within the budgets. `smallest` then has budgets that
+            work, for each tier that has less.
+        ProgramError: an array is larger than a tier takes.
+        UsageError: the model takes no context as long as this.
+    """
+    started_s = time.perf_counter(), time.process_time()
+    cost = cost or Roofline()
+    works = works_of(config, request, dtype)
+    traced = _traced(config, works, dtype)
+    programs = {name: one.program for name, one in traced.items()}
+    smallest = smallest_budgets(programs, machine, cost)
+    try:
+        plans = compile_phases(programs, machine, cost)
+    except DoesNotFitError:
+        raise _refusal(smallest.checked(), machine) from None
+    found: list[Pass] = []
+    for work in works:
+        one, plan = traced[work.name], plans[work.name]
+        verify(plan, one.program, machine)
+        others = _others(one, machine, cost) if work is works[-1] else {}
+        summary = summarize(plan, one.program, machine, cost, others)
+        before = found[-1].plan.exit if found else ()
+        moving_s = _moving_s(before, one, plan, machine, cost)
+        found.append(Pass(work, one, plan, summary, moving_s))
+    taken_s = time.perf_counter() - started_s[0], time.process_time() - started_s[1]
+    return Forecast(config, machine, request, dtype.name, tuple(found), smallest.nbytes, *taken_s)
+
+
+def works_of(config: Config, request: Request, dtype: np.dtype) -> tuple[Work, ...]:
+    """All passes of a request: pieces of pictures, chunks of the prompt, scores, a new token."""
+    capacity = request.capacity(config)
+    vision = [(1, (_features(config, request, dtype), piece)) for piece in _pieces(config, request)]
+    prefill = [(1, _chunk(config, request, tokens, dtype)) for tokens in _chunks(config, request)]
+    return (
+        *_numbered("vision", "vision", vision),
+        *_numbered("prefill", "prefill", prefill),
+        Work("scores", "scores", "prefill", 1, scores_shapes(config, request.batch, dtype)),
+        Work(
+            "decode",
+            "decode",
+            "decode",
+            request.new_tokens,
+            decode_shapes(config, request.batch, capacity, dtype),
+        ),
+    )
+
+
+def _numbered(phase: str, part: str, found: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Work]:
+    """One `Work` for all that are of the same shapes."""
+    works: dict[Any, Work] = {}
+    for count, arrays in found:
+        leaves, tree = jax.tree.flatten(arrays)
+        key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        name = f"{phase} {len(works) + 1}" if works else phase
+        known = works.get(key, Work(name, phase, part, 0, arrays))
+        works[key] = dataclasses.replace(known, count=known.count + count)
+    return list(works.values())
+
+
+def _pieces(config: Config, request: Request) -> Iterable[Any]:
+    """Shapes of the pieces in which pictures go through the vision tower."""
+    grids = [grid for grid in request.grids(config) for _ in range(request.batch)]
+    rows = sum(height * width for _, height, width in grids)
+    # Half as much memory as real pixels, for a moment; nobody reads them.
+    pixels = np.broadcast_to(np.zeros((), np.float16), (rows, config.vision.patch_values))
+    for piece in pieces(pixels, grids, config.vision) if grids else ():
+        shapes = jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype), piece)
+        yield dataclasses.replace(shapes, patches=Shape(piece.patches.shape, jnp.float32))
+
+
+def _features(config: Config, request: Request, dtype: np.dtype) -> Features:
+    count = bucket(request.batch * request.picture_tokens(config), SMALLEST_FEATURES)
+    return jax.eval_shape(lambda: empty_features(count, config, dtype))
+
+
+def _chunks(config: Config, request: Request) -> Iterable[int]:
+    """Padded tokens of each chunk of the prompt, as `Qwen3VL.prefill` cuts it."""
+    count = request.prompt_length(config)
+    capacity = bucket(request.capacity(config), SMALLEST_CAPACITY)
+    for first in range(0, count, PREFILL_CHUNK):
+        tokens = min(PREFILL_CHUNK, count - first)
+        fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
+        yield min(fitting, capacity - first)
+
+
+def _chunk(config: Config, request: Request, tokens: int, dtype: np.dtype) -> tuple[Any, ...]:
+    """Arrays of the phase "prefill"."""
+    rows, hidden = request.batch, config.text.hidden_size
+    capacity = request.capacity(config)
+    return (
+        Shape((rows, tokens, hidden), dtype),
+        Shape((3, rows, tokens), jnp.int32),
+        Shape((rows, tokens), jnp.int32),
+        _features(config, request, dtype) if request.images else None,
+        cache_shapes(config, rows, capacity, dtype),
+        Shape((rows, bucket(capacity, SMALLEST_CAPACITY)), jnp.bool_),
+        Shape((rows, tokens), jnp.bool_),
+        Shape((), jnp.int32),
+        Shape((rows, 1, hidden), dtype),
+        Shape((rows,), jnp.int32),
+        Shape((rows,), jnp.bool_),
+    )
+
+
+def _traced(config: Config, works: Iterable[Work], dtype: np.dtype) -> dict[str, Traced]:
+    """All passes as programs. Each knows the weights of the others, and leaves room for caches."""
+    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
+    known = phases(config)
+    alone = {work.name: trace_phase(known[work.phase], network, work.arrays) for work in works}
+    weights = {
+        name: spec
+        for one in alone.values()
+        for name, spec in one.program.arrays.items()
+        if spec.kind == "weight"
+    }
+    decode = alone["decode"].program
+    cache_bytes = sum(decode.arrays[name].nbytes for name in decode.of_kind("cache"))
+    return {
+        name: one.beside(0 if one.program.of_kind("cache") else cache_bytes).knowing(weights)
+        for name, one in alone.items()
+    }
+
+
+def _others(traced: Traced, machine: Machine, cost: CostModel) -> dict[str, float | None]:
+    """Seconds of plainer ways; None where all would have to stay, and cannot."""
+    found = baselines(traced.program, machine, cost)
+    return {RESIDENT: None, **{name: way.seconds for name, way in found.items()}}
+
+
+def _moving_s(
+    before: Iterable[Residence], traced: Traced, plan: Plan, machine: Machine, cost: CostModel
+) -> float:
+    """Seconds to bring weights to where a plan expects them."""
+    weights = {name: spec for name, spec in traced.program.arrays.items() if spec.kind == "weight"}
+    home = [Residence(name, NVME) for name in weights]
+    now, then = (
+        [rest for rest in rests if rest.tier != NVME and rest.array in weights]
+        for rests in (before, plan.entry)
+    )
+    order = list(dict.fromkeys(itertools.chain(*(s.reads for s in traced.program.steps))))
+    program, moves = bridge([*home, *now], [*home, *then], weights, machine, order)
+    return plan_seconds(moves, program, machine, cost)
+
+
+def _refusal(smallest: Mapping[str, int], machine: Machine) -> DoesNotFitError:
+    """Names every tier that is too small, and what works."""
+    short = {
+        name: nbytes
+        for name, nbytes in smallest.items()
+        if machine.tier(name).capacity_bytes < nbytes
+    }
+    wanted = " and ".join(
+        f"{nbytes:,} B of {name} memory, not {machine.tier(name).capacity_bytes:,} B"
+        for name, nbytes in short.items()
+    )
+    flags = " and ".join(f"--{name}-{'space' if name == NVME else 'memory'}" for name in short)
+    return DoesNotFitError(f"this request needs at least {wanted}; raise {flags}", smallest)

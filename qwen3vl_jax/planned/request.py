@@ -1,0 +1,111 @@
+"""What is asked of a model, in numbers: enough to plan it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.positions import Grid
+from qwen3vl_jax.processing.images import MAX_ASPECT_RATIO, smart_resize
+from qwen3vl_jax.processing.media_config import Limits, PixelSettings
+
+# The marks before and after a picture.
+MARKS = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt for each row of a batch, and its answer.
+
+    `prompt_tokens` are those of the text; pictures, (width, height) in pixels, come on top.
+    `max_context` is for how many tokens a row has room, by default for no more than these. `frames`
+    are pictures that are patches already, each (1, rows, columns); their marks are in the text.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    images: tuple[tuple[int, int], ...] = ()
+    batch: int = 1
+    max_context: int | None = None
+    frames: tuple[Grid, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+        limits = Limits()
+        for width, height in self.images:
+            if min(width, height) < 1 or width * height > limits.max_pixels:
+                raise UsageError(
+                    f"a picture of {width}x{height} pixels is empty or larger than "
+                    f"{limits.max_pixels:,} pixels; make it smaller"
+                )
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise UsageError(
+                    f"a picture of {width}x{height} pixels has an aspect ratio over "
+                    f"{MAX_ASPECT_RATIO}"
+                )
+
+    def grids(self, config: Config) -> list[Grid]:
+        """Patches of each picture after it was brought to a size that the model takes."""
+        vision, settings = config.vision, PixelSettings()
+        grids = list(self.frames)
+        for width, height in self.images:
+            rows, columns = smart_resize(
+                height,
+                width,
+                side=vision.patch_size * vision.spatial_merge_size,
+                min_pixels=settings.min_pixels,
+                max_pixels=settings.max_pixels,
+            )
+            grids.append((1, rows // vision.patch_size, columns // vision.patch_size))
+        return grids
+
+    def picture_tokens(self, config: Config) -> int:
+        """Vision tokens of one row."""
+        patches = sum(rows * columns for _, rows, columns in self.grids(config))
+        return patches // config.vision.merged_patches
+
+    def prompt_length(self, config: Config) -> int:
+        """All tokens of one row's prompt."""
+        return self.prompt_tokens + self.picture_tokens(config) + MARKS * len(self.images)
+
+    def capacity(self, config: Config) -> int:
+        """Tokens that the cache of one row has room for.
+
+        Raises:
+            UsageError: that is less than the request needs, or more than the model takes.
+        """
+        needed = self.prompt_length(config) + self.new_tokens
+        wanted = needed if self.max_context is None else self.max_context
+        most = config.text.max_position_embeddings
+        if wanted < needed:
+            raise UsageError(
+                f"max_context {wanted:,} is less than prompt and answer take, {needed:,} tokens; "
+                "raise it, or ask for less"
+            )
+        if wanted > most:
+            raise UsageError(
+                f"a context of {wanted:,} tokens is longer than the model takes, {most:,}; "
+                "lower --max-context, or ask for less"
+            )
+        return wanted
+
+
+def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int) -> Request:
+    """What a processor's arrays and an answer of so many tokens ask for."""
+    rows, tokens = np.asarray(inputs["input_ids"]).shape
+    frames = tuple(
+        (1, int(height), int(width))
+        for name in ("image_grid_thw", "video_grid_thw")
+        for groups, height, width in np.asarray(inputs.get(name, np.zeros((0, 3), int)))
+        for _ in range(int(groups))
+    )
+    pictures = sum(height * width for _, height, width in frames) // config.vision.merged_patches
+    return Request(max(1, tokens - pictures // rows), new_tokens, batch=rows, frames=frames)

@@ -1,0 +1,190 @@
+"""A planned model gives the bits of an unplanned one, whatever it may use of which memory."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planned_models as helper
+import pytest
+import tiny
+
+from memsched.errors import DoesNotFitError
+from memsched.machine import DEVICE, HOST, NVME
+from memsched.plan import Plan
+from memsched.program import Program
+from memsched.referee import verify
+from qwen3vl_jax import Qwen3VL
+
+PAGE_BYTES = 4096
+MOST_BYTES = 5 << 20  # holds any of the checkpoints, and all else
+BUDGETS = 1
+SIZES = {DEVICE: "device_memory", HOST: "host_memory", NVME: "nvme_space"}
+# Checkpoint, format, prompt, tiers. Batches are padded; "two_images" has two sizes of pictures.
+SUBJECTS = (
+    ("dense", "huggingface", "batch_left", 2),
+    ("dense", "store", "text", 2),
+    ("dense", "store", "text", 3),
+    ("dense_tied", "store", "two_images", 3),
+    ("moe", "store", "image", 2),
+    ("moe", "huggingface", "image", 3),
+    ("moe_mixed", "huggingface", "text_batch_right", 2),
+)
+Bits = list[tuple[str, tuple[int, ...], bytes]]
+Ran = list[tuple[Plan, Program]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_traces() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        helper.share_traces(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Files of machines with two and with three tiers."""
+    folder = tmp_path_factory.mktemp("machines")
+    return {tiers: helper.machine_file(folder, tiers) for tiers in (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def located(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`located(checkpoint, format)`: its directory, made once."""
+
+    @functools.cache
+    def locate(name: str, form: str) -> Path:
+        found = tiny.checkpoint(name, tmp_path_factory.mktemp("checkpoint"))
+        if form == "huggingface":
+            return found
+        return helper.store_of(found, tmp_path_factory.mktemp("stores") / name)
+
+    return locate
+
+
+def bits(arrays: list[np.ndarray]) -> Bits:
+    return [(array.dtype.name, array.shape, array.tobytes()) for array in arrays]
+
+
+def all_answers(model: Qwen3VL, inputs: Mapping[str, np.ndarray]) -> Bits:
+    """Scores of the prompt and of three tokens, from a cache; then what `generate` tells."""
+    return bits([*helper.answers(model, inputs), helper.told(model, inputs)])
+
+
+@pytest.fixture(scope="module")
+def wanted(located: Callable[[str, str], Path]) -> Callable[[str, str], Bits]:
+    """`wanted(checkpoint, prompt)`: what the unplanned model answers."""
+
+    @functools.cache
+    def answer(name: str, prompt: str) -> Bits:
+        model = Qwen3VL.from_pretrained(located(name, "huggingface"))
+        return all_answers(model, tiny.inputs(prompt))
+
+    return answer
+
+
+def weights_bytes(model: Qwen3VL) -> int:
+    return sum(array.size * array.dtype.itemsize for array in model.parameters.values())
+
+
+def workable(run: Callable[[dict[str, int]], Any], least: Mapping[str, int]) -> dict[str, int]:
+    """Raises budgets to what each refusal asks for, until a run is not refused."""
+    budgets = dict(least)
+    for _ in range(20):
+        try:
+            run(budgets)
+        except DoesNotFitError as refusal:
+            raised = {name: max(size, budgets[name]) for name, size in refusal.smallest.items()}
+            assert budgets | raised != budgets, "a refusal asks for more than there is"
+            budgets |= raised
+        else:
+            return budgets
+    raise AssertionError("each refusal was followed by another")
+
+
+class Subject:
+    """One checkpoint, prompt and machine under different budgets."""
+
+    def __init__(
+        self, path: Path, inputs: dict[str, np.ndarray], machine: Path, spill: Path, ran: Ran
+    ) -> None:
+        self.path, self.inputs, self.machine = path, inputs, machine
+        self.spill, self.ran = spill, ran
+
+    def answers(self, budgets: Mapping[str, int]) -> Bits:
+        """What a model with these budgets answers, after its ledger was compared with `verify`."""
+        given: dict[str, Any] = {SIZES[name]: size for name, size in budgets.items()}
+        self.ran.clear()
+        model = helper.planned(self.path, machine=self.machine, nvme_dir=self.spill, **given)
+        try:
+            found = all_answers(model, self.inputs)
+            self.check_ledger(model, budgets)
+        finally:
+            model.close()
+        assert helper.our_threads() == []
+        assert list(self.spill.iterdir()) == []
+        return found
+
+    def check_ledger(self, model: Qwen3VL, budgets: Mapping[str, int]) -> None:
+        """Every peak is the highest that `verify` computes for a plan that ran."""
+        runner = helper.runner_of(model)
+        peaks = [verify(plan, program, runner.machine) for plan, program in self.ran]
+        for tier, peak in runner.executor.ledger_peak_bytes.items():
+            assert peak == max(found[tier] for found in peaks), tier
+            assert peak <= budgets.get(tier, helper.ROOM_BYTES)
+
+
+@pytest.fixture
+def subject(
+    located: Callable[[str, str], Path],
+    machines: dict[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Subject]:
+    """`subject(checkpoint, format, prompt, tiers)`."""
+    ran = helper.recorded(monkeypatch)
+
+    def make(name: str, form: str, prompt: str, tiers: int) -> Subject:
+        inputs = tiny.inputs(prompt)
+        return Subject(located(name, form), inputs, machines[tiers], tmp_path / "spill", ran)
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "form", "prompt", "tiers"), SUBJECTS)
+def test_logits_and_tokens_are_the_unplanned_ones_within_any_budget(
+    name: str,
+    form: str,
+    prompt: str,
+    tiers: int,
+    subject: Callable[..., Subject],
+    wanted: Callable[[str, str], Bits],
+) -> None:
+    tried = subject(name, form, prompt, tiers)
+    random = np.random.default_rng(SUBJECTS.index((name, form, prompt, tiers)))
+    least = {DEVICE: PAGE_BYTES, NVME: 0} | ({HOST: PAGE_BYTES} if tiers == 3 else {})
+    found: list[Bits] = []
+    smallest = workable(lambda budgets: found.append(tried.answers(budgets)), least)
+    assert found == [wanted(name, prompt)]
+    with pytest.raises(DoesNotFitError):
+        tried.answers(smallest | {DEVICE: smallest[DEVICE] - PAGE_BYTES})
+    assert smallest[DEVICE] < weights_bytes(Qwen3VL.from_pretrained(tried.path))
+    for _ in range(BUDGETS):
+        budgets = {
+            tier: int(size + random.random() * max(0, MOST_BYTES - size))
+            for tier, size in smallest.items()
+        }
+        assert tried.answers(budgets) == wanted(name, prompt), budgets
+
+
+def test_from_pretrained_takes_a_budget_and_measures_the_machine(
+    located: Callable[[str, str], Path], wanted: Callable[[str, str], Bits]
+) -> None:
+    model = Qwen3VL.from_pretrained(located("dense", "store"), device_memory="1.5MB")
+    try:
+        assert all_answers(model, tiny.inputs("text")) == wanted("dense", "text")
+        peaks = helper.runner_of(model).executor.ledger_peak_bytes
+        assert 1_000_000 < peaks[DEVICE] <= 1_500_000
+    finally:
+        model.close()

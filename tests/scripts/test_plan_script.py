@@ -1,0 +1,125 @@
+"""scripts/plan.py: what it prints, what it refuses, and with which exit code."""
+
+import functools
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "plan.py"
+MACHINE = ROOT / "configs" / "machines" / "i5-10210u-sm61-nvme.toml"
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+COMMON = (str(tiny.DATA / "dense"), "--machine", str(MACHINE), "--prompt-tokens", "20")
+
+
+@functools.cache
+def script() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_json_has_what_was_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*COMMON, "--images", "64x64", "96x64", "--device-memory", "5MiB", "--json"]
+    assert script().main(arguments) == 0
+    data = json.loads(capsys.readouterr().out.splitlines()[-1])
+    wanted = {
+        *("fits", "smallest_workable", "phases", "gap", "prices", "baselines", "arrays"),
+        *("assumptions", "plan_seconds"),
+    }
+    assert wanted <= set(data)
+    assert data["fits"] is True
+    assert list(data["phases"]) == ["vision", "prefill", "decode"]
+    for phase in data["phases"].values():
+        assert {"seconds", "bound_seconds", "seconds_p90", "peak_bytes", "link_bytes"} == set(phase)
+        assert set(phase["peak_bytes"]) == {"device", "host", "nvme"}
+        assert {"nvme->host", "host->device"} <= set(phase["link_bytes"])
+    assert {"name", "nbytes", "tier", "codec", "why"} == set(data["arrays"][0])
+    assert data["assumptions"]["capacity_bytes"]["device"] == 5 << 20
+    assert data["assumptions"]["request"]["images"] == [[64, 64], [96, 64]]
+
+
+def test_text_and_report_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, data = tmp_path / "plan.txt", tmp_path / "plan.json"
+    for file in (text, data):
+        assert script().main([*COMMON, "--report", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert text.read_text() in printed
+    assert "tokens/s" in printed
+    rate = json.loads(data.read_text())["tokens_per_s"]
+    assert f"  {rate:,.3g} tokens/s" in printed
+
+
+def test_what_does_not_fit_ends_with_3_and_a_budget_that_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert script().main([*COMMON, "--device-memory", "9KB", "--json"]) == 3
+    output = capsys.readouterr()
+    data = json.loads(output.out.splitlines()[-1])
+    assert data["fits"] is False
+    least = data["smallest_workable"]["device"]
+    cause, advice = output.err.splitlines()
+    assert cause == f"error: this request needs at least {least:,} B of device memory, not 9,000 B"
+    assert advice == "raise --device-memory"
+    assert script().main([*COMMON, "--device-memory", str(least)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ((), 2, "MODEL"),
+        ((*COMMON, "--images", "64"), 2, "448x448"),
+        ((*COMMON, "--images", "1x900"), 2, "aspect ratio"),
+        ((*COMMON, "--batch", "0"), 2, "less than 1"),
+        ((*COMMON, "--report", "plan.html"), 2, ".txt or .json"),
+        ((*COMMON, "--device-memory", "much"), 2, "'much'"),
+        ((*COMMON, "--max-context", "30"), 2, "max_context 30 is less"),
+        (("nowhere", "--machine", str(MACHINE)), 4, "nowhere"),
+        ((str(tiny.DATA / "dense"), "--machine", "nowhere.toml"), 2, "nowhere.toml"),
+        ((*COMMON, "--report", "/nowhere/plan.txt"), 5, "/nowhere/plan.txt"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    arguments: tuple[str, ...], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script().main(arguments) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 2
+    assert "Traceback" not in error
+
+
+def test_help_takes_less_than_half_a_second_of_a_core(tmp_path: Path) -> None:
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "--help"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "--max-context" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_no_weight_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((tiny.DATA / "dense" / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_text("no weights at all")
+    assert script().main([str(tmp_path), *COMMON[1:]]) == 0
+    assert "tokens/s" in capsys.readouterr().out
