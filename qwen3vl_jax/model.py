@@ -7,11 +7,10 @@ layer, at the same speed as one program for the whole model (DECISIONS.md).
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -32,10 +31,9 @@ from qwen3vl_jax.network import (
     named_arrays,
     network_from_arrays,
 )
+from qwen3vl_jax.parameters import draw, named_dtype, read_all
 from qwen3vl_jax.phases import Direct, Runner, phases
-from qwen3vl_jax.weights import Entry, block_rows, table
-
-DTYPES = ("float32", "bfloat16", "float16")
+from qwen3vl_jax.weights import block_rows, table
 
 
 class Qwen3VL:
@@ -106,7 +104,7 @@ class Qwen3VL:
         nbytes = sum(math.prod(entry.shape) for entry in entries) * chosen.itemsize
         if budgets.asked or not fits(nbytes):
             return load(path, dtype=chosen.name, budgets=budgets)
-        arrays = _read_all(path, config, entries, chosen)
+        arrays = read_all(path, config, entries, chosen)
         empty = abstract_network(config, dtype=chosen, vocab_rows=rows)
         return cls(config, network_from_arrays(empty, arrays), load_settings(path))
 
@@ -120,7 +118,7 @@ class Qwen3VL:
         generator = np.random.default_rng(seed)
         empty = abstract_network(config, dtype=chosen, vocab_rows=rows)
         arrays = {
-            path: jnp.asarray(_draw(generator, path, array.shape), chosen)
+            path: jnp.asarray(draw(generator, path, array.shape), chosen)
             for path, array in named_arrays(empty).items()
         }
         return cls(config, network_from_arrays(empty, arrays), GenerationSettings())
@@ -365,41 +363,3 @@ def _check_room(batch: int, count: int, cache: KVCache) -> None:
             f"cache: {cache.length} + {count} tokens do not fit {cache.capacity} slots; "
             "make it larger with new_cache(capacity=...) or cache.grown"
         )
-
-
-def _read_all(
-    path: str | Path, config: Config, entries: Sequence[Entry], dtype: np.dtype
-) -> dict[str, Array]:
-    """Every array of a checkpoint, on the default device."""
-    from qwen3vl_jax.checkpoints.opening import open_checkpoint
-
-    arrays = {}
-    with open_checkpoint(path, config) as checkpoint:
-        for entry in entries:
-            # Zero-copy when the dtype stays: the array that was read is the one XLA reads.
-            read = jax.device_put(checkpoint.read(entry))
-            arrays[entry.path] = read if read.dtype == dtype else read.astype(dtype)
-    return arrays
-
-
-def named_dtype(name: str) -> np.dtype:
-    """One of `DTYPES`.
-
-    Raises:
-        UsageError: it is another.
-    """
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return np.dtype(jnp.dtype(name))
-
-
-def _draw(
-    generator: np.random.Generator, path: str, shape: tuple[int, ...]
-) -> Float[np.ndarray, "..."]:
-    """Ones for norms, zeros for biases, otherwise uniform with variance 1 / inputs."""
-    if path.endswith("bias"):
-        return np.zeros(shape, np.float32)
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    reach = np.float32((3.0 / np.prod(shape[1:])) ** 0.5)
-    return (generator.random(shape, np.float32) * 2 - 1) * reach

@@ -193,7 +193,8 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
     if options.report is not None:
         from qwen3vl_jax.planned.dry_run import write_report
 
-        write_report(options.report, loaded.model.plan.to_dict(), loaded.model.plan.report())
+        plan = loaded.model.plan
+        write_report(options.report, plan.to_dict(), plan.report())
     loaded.model.close()
     return 0
 
@@ -201,15 +202,10 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
 def _print_forecast(
     options: argparse.Namespace, turn: "Turn", settings: "GenerationSettings"
 ) -> int:
-    from qwen3vl_jax.config import load_config
-    from qwen3vl_jax.planned.dry_run import dry_run, print_dry_run
-    from qwen3vl_jax.planned.loading import Budgets
-    from qwen3vl_jax.planned.request import request_of
+    from qwen3vl_jax.planned.dry_run import dry_run_of, print_dry_run
 
-    config = load_config(options.model)
-    request = request_of(config, turn.inputs, settings.max_new_tokens)
-    budgets = Budgets(**budget_arguments(options))
-    found = dry_run(config, request, budgets, dtype=options.dtype)
+    budgets = budget_arguments(options)
+    found = dry_run_of(options.model, options.dtype, turn.inputs, settings.max_new_tokens, budgets)
     return print_dry_run(found, report=options.report, as_json=options.json)
 
 

@@ -63,19 +63,22 @@ class Grouped:
         """The actions of a group's members, each with its place in the group."""
         if isinstance(action, Run) or action.array not in self.members:
             return [(action, 0)]
+        names = self.members[action.array]
+        if isinstance(action, Free):
+            return [(Free(name, action.tier), 0) for name in names]
         return [
-            (dataclasses.replace(action, array=name), self.shares[name][0])
-            for name in self.members[action.array]
+            (Copy(name, action.source, action.target, action.codec), self.shares[name][0])
+            for name in names
         ]
 
     def _residences(self, rests: Iterable[Residence]) -> Iterable[Residence]:
         for rest in rests:
-            for name in self.members.get(rest.array, (rest.array,)):
-                if rest.offset is None or rest.array not in self.members:
-                    yield dataclasses.replace(rest, array=name)
-                else:
-                    offset = rest.offset + self.shares[name][0]
-                    yield dataclasses.replace(rest, array=name, offset=offset)
+            if rest.array not in self.members:
+                yield rest
+                continue
+            for name in self.members[rest.array]:
+                offset = None if rest.offset is None else rest.offset + self.shares[name][0]
+                yield Residence(name, rest.tier, rest.codec, offset)
 
 
 def group_weights(programs: Mapping[str, Program], machine: Machine) -> Grouped:

@@ -32,6 +32,12 @@ from memsched.stores.device import (
 from memsched.stores.reader import Reader
 from memsched.stores.spill import Spill
 
+BLOCK_BYTES = 4 << 20
+# Enough to keep a disk busy. Blocks that are read together end together: with 32 of them what the
+# next step waits for comes as late as what is read ahead, and nothing is left to read while the
+# step runs. Decoding the 2B model at 2 GB takes 0.80 s a token with 4 or 6, 0.89 with 8 and 32.
+READS_AT_ONCE = 6
+
 
 class Tiers:
     """Arrays by tier and name; owns the arena, the reader, the spill file and all threads.
@@ -65,7 +71,8 @@ class Tiers:
         self._touched: tuple[Range, ...] = ()
         self._over: dict[tuple[ArraySpec, int], Any] = {}
         link = machine.link(NVME, self._arena_tier)
-        self._reader = Reader(link.queue_depth, link.block_bytes) if link else Reader()
+        depth, block_bytes = (link.queue_depth, link.block_bytes) if link else (1, BLOCK_BYTES)
+        self._reader = Reader(min(depth, READS_AT_ONCE), block_bytes)
         self._spill: Spill | None = None
         self._spill_lock = threading.Lock()
         self._generation = 0

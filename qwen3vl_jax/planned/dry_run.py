@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from memsched.errors import DoesNotFitError
 from memsched.machine import NVME
 from memsched.plan_json import plan_digest
 from memsched.profiles import load_machine
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.model import Qwen3VL, named_dtype
+from qwen3vl_jax.model import Qwen3VL
+from qwen3vl_jax.parameters import named_dtype
 from qwen3vl_jax.planned.forecast import forecast
 from qwen3vl_jax.planned.loading import Budgets, this_machine
 from qwen3vl_jax.planned.reporting import (
@@ -20,7 +22,7 @@ from qwen3vl_jax.planned.reporting import (
     forecast_text,
     refusal_dict,
 )
-from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.request import Request, request_of
 from qwen3vl_jax.planned.runner import PlannedRunner
 
 FORMATS = (".json", ".txt")
@@ -54,6 +56,19 @@ def dry_run(config: Config, request: Request, budgets: Budgets, *, dtype: str | 
         data = refusal_dict(error, machine, request, chosen.name)
         return DryRun(data, f"{error}\n", error)
     return DryRun(forecast_dict(found), forecast_text(found))
+
+
+def dry_run_of(
+    path: Path,
+    dtype: str | None,
+    inputs: Mapping[str, Any],
+    new_tokens: int,
+    budgets: Mapping[str, Any],
+) -> DryRun:
+    """What a checkpoint would take for a processor's arrays and an answer of so many tokens."""
+    config = load_config(path)
+    request = request_of(config, inputs, new_tokens)
+    return dry_run(config, request, Budgets(**budgets), dtype=dtype)
 
 
 def check_report(path: Path | None) -> None:

@@ -20,8 +20,9 @@ from qwen3vl_jax.checkpoints.opening import Checkpoint, open_checkpoint
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import load_settings
-from qwen3vl_jax.model import Qwen3VL, named_dtype
+from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.network import abstract_network
+from qwen3vl_jax.parameters import named_dtype
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.weights import Entry, arrays, table
