@@ -69,7 +69,7 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
     """Models of one configuration trace and compile a phase once: budgets change no program."""
     networks: dict[Any, Any] = {}
     traces: dict[Any, Any] = {}
-    make_network, make_trace = loading.abstract_network, runner.trace_phase
+    make_network, make_trace = loading.shape_network, runner.trace_phase
 
     def network(config: Any, *, dtype: Any, vocab_rows: int) -> Any:
         key = config, dtype, vocab_rows
@@ -84,7 +84,7 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
             traces[key] = make_trace(phase, network, arrays)
         return traces[key]
 
-    patch.setattr(loading, "abstract_network", network)
+    patch.setattr(loading, "shape_network", network)
     patch.setattr(runner, "trace_phase", trace)
 
 

@@ -34,7 +34,7 @@ def _phase(name: str, summary: Summary, tokens: int | None) -> list[str]:
         f"{name}: {summary.steps:,} steps, {summary.actions:,} actions"
         + (f", {again:,} steps run again" if again else ""),
         _time(summary, tokens),
-        _bound(summary),
+        *_bound(summary),
         "",
         *_tiers(summary.occupancy.values()),
         "",
@@ -54,16 +54,16 @@ def _time(summary: Summary, tokens: int | None) -> str:
     return line
 
 
-def _bound(summary: Summary) -> str:
+def _bound(summary: Summary) -> list[str]:
     line = f"  no schedule beats {seconds_text(summary.bound.seconds)} ({summary.bound.lane})"
     if summary.gap is not None:
         line += f": this one takes {summary.gap:.3f} times that"
     worth = [
-        f"1 GB more {tier} memory saves {seconds_text(price)}"
+        f"  1 GB more {tier} memory saves {seconds_text(price)} of it"
         for tier, price in summary.prices_s_per_gb.items()
         if price > 0
     ]
-    return ", ".join([line, *worth])
+    return [line, *worth]
 
 
 def _tiers(found: Iterable[Occupancy]) -> list[str]:

@@ -4,14 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
+import numpy as np
 
 from memsched.cost.span import Span
 from memsched.errors import PlanError, ProgramError
 from memsched.machine import DEVICE, NVME, Machine
 from memsched.plan import Plan, Residence
-from memsched.program import Program
+from memsched.program import ArraySpec, Program
 from memsched.referee import verify
 from memsched.runtime.admission import Admission, admit
 from memsched.runtime.flight import Flight
@@ -24,6 +26,8 @@ from memsched.runtime.record import Record
 from memsched.runtime.schedule import schedule
 from memsched.runtime.tiers import Tiers
 from memsched.stores.blocks import StoredArray
+from memsched.stores.device import Sharding
+from memsched.stores.heap import give_back
 
 # Plans kept ready: one per phase and bucket of lengths, and the bridges between them.
 _MOST_PLANS = 256
@@ -149,6 +153,30 @@ class Executor:
             self.close()
             raise
 
+    def prepare(self, plan: Plan, program: Program, kernels: Mapping[str, Any]) -> None:
+        """Do now what the first run of a plan would do: check it, and compile its steps.
+
+        Compiling takes memory that nobody plans; it is less in the way before weights are there.
+        What it leaves behind is given back.
+
+        Args:
+            kernels: jitted functions, or anything else with their `lower`.
+
+        Raises:
+            PlanError: the plan is wrong.
+        """
+        ready = self._ready(plan, program, fuse=False)
+        place = self._tiers.device_sharding
+        self._callables(ready, kernels)
+        wanted = {}
+        for op in ready.schedule.ops:
+            if isinstance(op, RunOp):
+                shapes = tuple(_shape(program.arrays[name], place) for name in op.inputs)
+                wanted[op.calls[0].kernel, shapes] = kernels[op.calls[0].kernel]
+        for (_, shapes), kernel in wanted.items():
+            kernel.lower(*shapes).compile()
+        give_back()
+
     def close(self) -> None:
         """End all threads, remove what is on disk, give the memory back. May be called twice."""
         if not self._closed:
@@ -227,6 +255,9 @@ class Executor:
         given: Given,
     ) -> Outcome:
         made, tiers = ready.schedule, self._tiers
+        if made.weights_after is not made.weights_before:
+            # Another phase begins: what the last one left in the heap is as much as 100 MB.
+            give_back()
         record = Record(made.actions)
         tiers.use(admission.ranges)
         self._ledger.start(admission.start_bytes)
@@ -244,6 +275,11 @@ class Executor:
             tiers.leave(DEVICE, name)
         outputs = {name: tiers.values[DEVICE].pop(name) for name in made.returned}
         return Outcome(outputs, record.spans())
+
+
+def _shape(spec: ArraySpec, place: Sharding) -> Any:
+    struct: Any = jax.ShapeDtypeStruct  # untyped
+    return struct(spec.shape, np.dtype(spec.dtype), sharding=place)
 
 
 @dataclasses.dataclass(slots=True)

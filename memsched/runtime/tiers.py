@@ -97,6 +97,11 @@ class Tiers:
         return self._spill.written_bytes if self._spill else 0
 
     @property
+    def device_sharding(self) -> Sharding:
+        """The placement of all arrays that steps read."""
+        return self._shardings[DEVICE]
+
+    @property
     def can_spill(self) -> bool:
         """Whether arrays can be moved out to disk."""
         return self._spill is not None
@@ -183,6 +188,8 @@ class Tiers:
             tier.clear()
         self._leaving.clear()
         self._over.clear()
+        # Arrays over it may wait for Python's collector; its pages do not.
+        self._arena.release(0, self._arena.nbytes)
         self._arena.close()
 
     def _slot_array(self, spec: ArraySpec, offset: int) -> Any:

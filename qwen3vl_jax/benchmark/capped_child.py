@@ -91,11 +91,12 @@ class Worker:
         arrays = inputs(work, seed=0)
         self._cache = None
         start = time.perf_counter()
+        # First, as a conversation does: plans leave room for it.
+        cache = self._model.new_cache(batch=1, capacity=work.prompt_tokens + 1)
         features = self._model.encode(arrays)
         if features is not None:
             features.tokens.block_until_ready()
         seen = time.perf_counter()
-        cache = self._model.new_cache(batch=1, capacity=work.prompt_tokens + 1)
         scores, _ = self._model.prefill(arrays, cache, features=features)
         scores.block_until_ready()
         return {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen}
@@ -105,6 +106,7 @@ class Worker:
         from qwen3vl_jax.generation import GenerationSettings, Session
 
         arrays = repetitive_inputs(self._workload(1), seed=0)
+        self._cache = None
         session = Session(self._model, batch=1, capacity=room)
         settings = GenerationSettings(
             max_new_tokens=tokens, repetition_penalty=REPEATING, draft=draft

@@ -13,8 +13,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for row in result["caps"]:
         lines.append(_row(row))
-        if "error" in row:
-            lines.append(f"{'':8s}{row['error']}")
+        lines += [f"{'':8s}{part}: {error}" for part, error in row["errors"].items()]
     if "fits" in result:
         fits = result["fits"]
         lines.append(

@@ -28,23 +28,24 @@ class Smallest:
     cost: CostModel
 
     def checked(self) -> dict[str, int]:
-        """Budgets with which there is a plan; nothing but what the count says, where that works.
+        """The least, more where there is no plan with it: with tiers that have less raised to this,
+        and no other, there is one.
 
         Raises:
             DoesNotFitError: none was found.
         """
-        now = dict(self.nbytes)
+        least = dict(self.nbytes)
+        given = {tier.name: tier.capacity_bytes for tier in self.machine.tiers}
         for _ in range(MOST_TRIES):
+            raised = {name: max(nbytes, given[name]) for name, nbytes in least.items()}
             try:
-                compile_phases(self.programs, self.machine.with_capacities(now), self.cost)
+                compile_phases(self.programs, self.machine.with_capacities(raised), self.cost)
             except DoesNotFitError as error:
-                more = {name: int(now[name] * MORE) for name in now}
-                now |= {name: max(nbytes, more[name]) for name, nbytes in error.smallest.items()}
-                if not error.smallest:
-                    now = more
+                for name, nbytes in (error.smallest or raised).items():
+                    least[name] = max(nbytes, int(raised[name] * MORE))
             else:
-                return now
-        raise DoesNotFitError("no budget was found that is enough; raise all of them", now)
+                return least
+        raise DoesNotFitError("no budget was found that is enough; raise all of them", least)
 
 
 def smallest_budgets(

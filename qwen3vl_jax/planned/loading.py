@@ -21,10 +21,10 @@ from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.network import abstract_network
 from qwen3vl_jax.parameters import named_dtype
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
+from qwen3vl_jax.planned.skeleton import shape_network
 from qwen3vl_jax.weights import Entry, arrays, table
 
 VOCAB_BLOCKS = 8
@@ -61,7 +61,7 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     machine = this_machine(budgets)
     rows = vocab_rows(config, chosen)
-    network = abstract_network(config, dtype=chosen, vocab_rows=rows)
+    network = shape_network(config, dtype=chosen, vocab_rows=rows)
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, config))
         entries = table(config, vocab_rows=rows)
@@ -69,6 +69,7 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
         runner = PlannedRunner(
             network,
             config,
+            entries,
             machine,
             sources(checkpoint, entries),
             EmbeddingRows(checkpoint, _embedding(config)),

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from memsched.program import ArraySpec, Program
 from memsched.runtime import Executor
 from memsched.stores.blocks import StoredArray
 from qwen3vl_jax.arrays import AnyArray
+from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.cache import SMALLEST_CAPACITY
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.network import Qwen3VLNetwork, named_arrays
+from qwen3vl_jax.network import Qwen3VLNetwork
 from qwen3vl_jax.phases import PREFILL_CHUNK, Phase, phases
 from qwen3vl_jax.planned.programs import Traced, trace_phase
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.shapes import cache_shapes, decode_shapes, scores_shapes
+from qwen3vl_jax.weights import Entry
 
 Key = tuple[Any, ...]
 MOST_TRACED = 64
@@ -64,6 +67,7 @@ class PlannedRunner:
         self,
         network: Qwen3VLNetwork,
         config: Config,
+        entries: Sequence[Entry],
         machine: Machine,
         sources: Mapping[str, StoredArray],
         rows: EmbeddingRows,
@@ -73,7 +77,7 @@ class PlannedRunner:
         nvme_space_bytes: int = 0,
         chunk_tokens: int = PREFILL_CHUNK,
     ) -> None:
-        """Opens the tiers; nothing is read yet. `network` is abstract."""
+        """Opens the tiers; nothing is read yet. `network` is shapes; `entries` are its weights."""
         self.chunk_tokens = chunk_tokens
         self.machine = machine
         self._network = network
@@ -88,8 +92,8 @@ class PlannedRunner:
         self._bridges: dict[tuple[Any, ...], tuple[Program, Plan]] = {}
         self._cache_bytes = 0
         self._specs = {
-            name: ArraySpec(name, tuple(array.shape), array.dtype.name, "weight")
-            for name, array in named_arrays(network).items()
+            entry.path: ArraySpec(entry.path, entry.shape, self.dtype.name, "weight")
+            for entry in entries
         }
         self.owned = contextlib.ExitStack()  # what is closed with this
         self.spans: dict[str, tuple[Span, ...]] = {}
@@ -109,9 +113,10 @@ class PlannedRunner:
 
     def expect(self, batch: int, capacity: int) -> None:
         """A cache of this size is about to be used: what is planned from now on leaves room."""
-        if (batch, capacity) == self._expected:
+        slots = bucket(capacity, SMALLEST_CAPACITY)
+        if (batch, slots) == self._expected:
             return
-        self._expected = (batch, capacity)
+        self._expected = (batch, slots)
         dtype = self.dtype
         cache = cache_shapes(self.config, batch, capacity, dtype)
         self._cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -187,6 +192,8 @@ class PlannedRunner:
         plans = compile_phases(programs, self.machine, self._cost)
         made = {key: Planned(traced, plans[names[key]]) for key, traced in group.items()}
         self._plans |= made
+        for planned in made.values():
+            self.executor.prepare(planned.plan, planned.traced.program, planned.traced.kernels)
         return made
 
     def _bring(self, planned: Planned) -> None:

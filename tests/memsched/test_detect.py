@@ -1,7 +1,6 @@
 """Detection, on faked /proc and /sys trees, and once on the machine at hand."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from memsched import disk_rate
+from memsched.detection import disk_rate
 from memsched.detection.compute_rate import measure_transfers
 from memsched.detection.disk_rate import free_bytes, measure_disk
 from memsched.detection.memory_limits import Room, main_memory
@@ -129,14 +128,16 @@ def test_own_limits_count_what_is_already_taken(tmp_path: Path) -> None:
 
 
 def test_the_process_s_real_limit_is_seen() -> None:
-    code = "from memsched.detection.memory_limits import main_memory; print(main_memory().limit)"
-    limit = (3 * GIB, resource.RLIM_INFINITY)
+    # The child limits itself: a process with JAX's threads must not fork.
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({3 * GIB}, -1))\n"
+        "from memsched.detection.memory_limits import main_memory; print(main_memory().limit)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, limit),
     )
     assert done.stdout.startswith("RLIMIT_DATA of 3,221,225,472 B"), done.stderr
 

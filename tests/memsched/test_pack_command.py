@@ -2,7 +2,6 @@
 
 import csv
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -202,12 +201,16 @@ def test_an_output_that_cannot_be_is_5_before_the_work(
 def test_a_full_disk_leaves_what_was_there(source: Path) -> None:
     out = source.with_name("out.csv")
     out.write_text("old")
+    # The child limits itself: a process with JAX's threads must not fork.
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "from memsched.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "memsched", "pack", str(source), "--out", str(out)],
+        [sys.executable, "-B", "-c", code, "pack", str(source), "--out", str(out)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
     )
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.splitlines()[0] == f"error: {out}: File too large"

@@ -568,7 +568,7 @@ print(len(plan.actions), time.process_time() - start)
 
 
 def test_the_referee_knows_neither_the_planner_nor_the_runtime_nor_jax() -> None:
-    tree = ast.parse((PACKAGE / "verify.py").read_text())
+    tree = ast.parse((PACKAGE / "referee.py").read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {
         alias.name

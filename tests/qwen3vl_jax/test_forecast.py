@@ -1,7 +1,9 @@
 """Planning from a config.json alone: what is predicted agrees with counts made by hand."""
 
-import dataclasses
 import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import tiny
 
 from memsched.errors import DoesNotFitError
 from memsched.machine import Machine
+from memsched.plan import Run
 from memsched.profiles import load_machine
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
@@ -24,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "configs" / "models"
 FLOAT32 = np.dtype("float32")
 ROOMY = 1 << 30
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
 
 
 @functools.cache
@@ -37,18 +41,20 @@ def config(name: str) -> Config:
 
 
 @functools.cache
-def planned(name: str, device_bytes: int) -> Forecast:
+def planned(name: str, device_bytes: int, images: tuple[tuple[int, int], ...] = ()) -> Forecast:
     machine = profile("i5-10210u-sm61-nvme").with_capacities({"device": device_bytes})
-    return forecast(config(name), machine, Request(20, 7, ((64, 64),)), dtype=FLOAT32)
+    return forecast(config(name), machine, Request(20, 7, images), dtype=FLOAT32)
 
 
 @functools.cache
 def device_bytes(name: str = "dense") -> int:
-    """A third of what lies between the least and everything."""
-    roomy = planned(name, ROOMY)
-    least = roomy.smallest_bytes["device"]
-    arrays = roomy.passes[-1].traced.program.arrays.values()
-    return least + sum(array.nbytes for array in arrays if array.kind == "weight") // 3
+    """Enough for all that decoding takes, but for half of its weights."""
+    decode = planned(name, ROOMY).passes[-1]
+    used = decode.summary.occupancy["device"].parts
+    program = decode.traced.program
+    read = {name for step in program.steps for name in step.reads} & {*program.of_kind("weight")}
+    weights = sum(program.arrays[name].nbytes for name in read)
+    return sum(used.values()) - used["weight"] + weights // 2
 
 
 def found(name: str = "dense") -> Forecast:
@@ -130,7 +136,8 @@ def test_what_a_token_moves_is_what_is_not_kept() -> None:
 
 
 def test_phases_add_up() -> None:
-    data, decode = forecast_dict(found()), found().summaries["decode"]
+    here = planned("dense", ROOMY, ((64, 64),))
+    data, decode = forecast_dict(here), here.summaries["decode"]
     passes = {one["name"]: one for one in data["passes"]}
     prefill = data["phases"]["prefill"]
     assert prefill["seconds"] == pytest.approx(
@@ -146,7 +153,7 @@ def test_phases_add_up() -> None:
     assert passes["vision"]["moving_seconds"] > 0
     for part in data["phases"].values():
         assert part["bound_seconds"] <= part["seconds"] * (1 + 1e-9)
-        assert part["peak_bytes"]["device"] <= device_bytes()
+        assert part["peak_bytes"]["device"] <= ROOMY
 
 
 def test_the_plan_is_no_slower_than_the_plain_ways() -> None:
@@ -207,12 +214,21 @@ def test_a_longer_context_takes_more() -> None:
     assert caches[1] - caches[0] == more
 
 
-def test_the_2b_is_planned_without_a_weight_in_two_seconds() -> None:
-    whole = load_config(OFFICIAL / "qwen3-vl-2b-instruct.json")
-    small = dataclasses.replace(profile("i5-10210u-sm61-nvme"), name="any")
-    # Checks of annotations and a first import cost time, too: that is not counted.
-    least = min(
-        forecast(whole, small, Request(), dtype=np.dtype("bfloat16")).plan_cpu_seconds
-        for _ in range(2)
-    )
-    assert least < 2.0
+def test_a_group_of_experts_changes_no_byte() -> None:
+    decode = found("moe").passes[-1]
+    names = {action.array for action in decode.plan.actions if not isinstance(action, Run)}
+    assert names <= set(decode.traced.program.arrays)
+
+
+def test_the_2b_is_planned_in_two_seconds_without_a_weight() -> None:
+    # In a process of its own: here every annotation is checked at every call.
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "plan.py"), "--json", "--machine"),
+        str(ROOT / "configs" / "machines" / "i5-10210u-sm61-nvme.toml"),
+        str(OFFICIAL / "qwen3-vl-2b-instruct.json"),
+    ]
+    seconds: list[float] = []
+    while len(seconds) < 3 and min(seconds, default=9.0) >= 2.0:
+        done = subprocess.run(command, capture_output=True, check=True, env=ENVIRONMENT)
+        seconds.append(json.loads(done.stdout.splitlines()[-1])["plan_cpu_seconds"])
+    assert min(seconds) < 2.0

@@ -16,6 +16,8 @@ from memsched.plan import Plan
 from memsched.program import Program
 from memsched.referee import verify
 from qwen3vl_jax import Qwen3VL
+from qwen3vl_jax.generation import Session
+from qwen3vl_jax.generation_settings import GenerationSettings
 
 PAGE_BYTES = 4096
 MOST_BYTES = 5 << 20  # holds any of the checkpoints, and all else
@@ -186,5 +188,34 @@ def test_from_pretrained_takes_a_budget_and_measures_the_machine(
         assert all_answers(model, tiny.inputs("text")) == wanted("dense", "text")
         peaks = helper.runner_of(model).executor.ledger_peak_bytes
         assert 1_000_000 < peaks[DEVICE] <= 1_500_000
+    finally:
+        model.close()
+
+
+def conversation(model: Qwen3VL) -> Bits:
+    """Two prompts and answers with drafts, for which the cache grows; then a prompt in pieces."""
+    settings = GenerationSettings(max_new_tokens=6, draft="prompt-lookup")
+    prompt = tiny.inputs("text")["input_ids"][:, :8]
+    session = Session(model, batch=1, capacity=48)
+    found = []
+    for repeats in (4, 3):
+        capacity = session.length + 8 * repeats + 16
+        session.prompt({"input_ids": np.tile(prompt, (1, repeats))}, capacity=capacity)
+        found += [step.tokens for step in session.answer(settings)]
+    assert session.capacity > 64
+    assert session.drafts.passes > 0
+    cache = model.new_cache(batch=1, capacity=session.capacity)
+    scores, _ = model.prefill(tiny.inputs("text"), cache, chunk_tokens=12)
+    return bits([*found, np.asarray(scores)])
+
+
+def test_a_conversation_with_drafts_is_the_unplanned_one(
+    located: Callable[[str, str], Path], machines: dict[int, Path]
+) -> None:
+    path = located("dense", "store")
+    model = helper.planned(path, machine=machines[2], device_memory=1_700_000)
+    try:
+        assert conversation(model) == conversation(Qwen3VL.from_pretrained(path))
+        assert helper.runner_of(model).executor.ledger_peak_bytes[DEVICE] <= 1_700_000
     finally:
         model.close()

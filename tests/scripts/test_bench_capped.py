@@ -95,7 +95,7 @@ def test_the_report_is_complete_and_its_numbers_agree(
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     (row,) = found["caps"]
-    assert "error" not in row
+    assert row["errors"] == {}
     assert row["device_memory"] == PLANNED
     # Everything but what the budget holds is read for every token.
     assert row["weight_bytes"] - PLANNED <= row["plan_bytes"] <= row["weight_bytes"]
@@ -122,7 +122,7 @@ def test_a_part_that_does_not_fit_is_told_and_the_rest_is_measured(
     lines = capsys.readouterr().out.splitlines()
     (row,) = json.loads(lines[-1])["caps"]
     assert row["load_s"] > 0
-    assert "order 'start': DoesNotFitError: the program needs at least" in row["error"]
+    assert "order 'start': DoesNotFitError: the program needs at least" in row["errors"]["decode"]
     assert "fraction" not in row
     assert any("DoesNotFitError" in line for line in lines[:-1])
 
@@ -157,7 +157,7 @@ def test_where_no_group_can_be_written_the_report_says_so(tmp_path: Path) -> Non
     with memory_group(1 << 30, [tmp_path]) as group:
         assert group is None
     assert list(tmp_path.iterdir()) == []
-    row = {"cap_bytes": 2_000_000_000, "limited": False}
+    row = {"cap_bytes": 2_000_000_000, "limited": False, "errors": {}}
     assert "NO LIMIT" in table({"caps": [row]})
     assert "NO LIMIT" not in table({"caps": [row | {"limited": True}]})
 

@@ -230,7 +230,7 @@ def test_a_conversation_goes_on_until_quit(
         (["-p", "x", "-n", "5000"], "lower max_new_tokens to 4,"),
         (["--interactive", "--json"], "drop --interactive"),
         (["--interactive", "-p", "-"], "reads from stdin"),
-        (["-p", "x", "--device-memory", "4GB"], "unrecognized arguments"),
+        (["-p", "x", "--gpu-memory", "4GB"], "unrecognized arguments"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
