@@ -100,6 +100,13 @@ class Executor:
         """Where weights lie now, other than in "nvme": what the next plan's entry must have."""
         return tuple(self._weights[key] for key in sorted(self._weights))
 
+    def resident(self, name: str) -> jax.Array | None:
+        """A weight that rests on the device now; None if it does not, or is still on its way."""
+        arriving, values = self._tiers.arriving[DEVICE], self._tiers.values[DEVICE]
+        if (name, DEVICE) not in self._weights or name in arriving:
+            return None
+        return values.get(name)
+
     @property
     def ledger_peak_bytes(self) -> dict[str, int]:
         """The most that was in use in each tier so far."""

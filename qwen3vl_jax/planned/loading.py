@@ -14,6 +14,7 @@ from memsched.detection.this_machine import detect, with_limits
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.profiles import load_machine
 from memsched.sizes import parse_size
+from memsched.stores import heap
 from memsched.stores.blocks import Block, StoredArray
 from qwen3vl_jax.checkpoints.manifest import chunk_rows
 from qwen3vl_jax.checkpoints.opening import Checkpoint, open_checkpoint
@@ -57,6 +58,7 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
         ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
         StorageError: it cannot be read.
     """
+    heap.share()
     config = load_config(path)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     machine = this_machine(budgets)
@@ -72,7 +74,7 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
             entries,
             machine,
             sources(checkpoint, entries),
-            EmbeddingRows(checkpoint, _embedding(config)),
+            EmbeddingRows(checkpoint, _embedding(config), rows),
             nvme_dir=_folder(budgets),
             nvme_space_bytes=_bytes(budgets.nvme_space) or 0,
         )

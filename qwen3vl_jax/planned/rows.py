@@ -1,34 +1,53 @@
-"""Rows of the embedding table, read from the checkpoint when they are needed.
+"""Rows of the embedding table: from blocks that are in memory anyway, or from the checkpoint.
 
 A token needs one row of 151,936: the table itself need not be in memory for that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.checkpoints.opening import Checkpoint
 from qwen3vl_jax.weights import Entry
 
 READ_BYTES = 4 << 20  # a store reads its chunks whole, and they have at most so many
+Resident = Callable[[str], Array | None]
 
 
 class EmbeddingRows:
-    """Looks rows up in an open checkpoint. Keeps none: memory stays as it is."""
+    """Looks rows up in memory or in an open checkpoint. Keeps none: memory stays as it is."""
 
-    def __init__(self, checkpoint: Checkpoint, table: Entry) -> None:
-        """`table` is the whole embedding matrix."""
+    def __init__(self, checkpoint: Checkpoint, table: Entry, block_rows: int) -> None:
+        """`table` is the whole embedding matrix, `block_rows` the rows of one of its blocks."""
         self._checkpoint = checkpoint
         self._table = table
+        self._block_rows = block_rows
         self._dtype = checkpoint.dtype_of(table)
 
-    def __call__(self, token_ids: Int[AnyArray, "B T"]) -> Float[np.ndarray, "B T H"]:
-        """The rows of the tokens, in the dtype on disk."""
+    def __call__(
+        self, token_ids: Int[AnyArray, "B T"], resident: Resident
+    ) -> Float[np.ndarray, "B T H"]:
+        """The rows of the tokens, in the dtype on disk.
+
+        Args:
+            resident: gives a block of the table by its path, if it is in main memory now.
+        """
         wanted, places = np.unique(np.asarray(token_ids), return_inverse=True)
+        found = np.empty((len(wanted), self._table.shape[1]), self._dtype)
+        for first, stop in _groups(wanted, self._block_rows):
+            index = int(wanted[first]) // self._block_rows
+            block = resident(f"{self._table.path}.{index}")
+            if block is not None:
+                inside = wanted[first:stop] - index * self._block_rows
+                found[first:stop] = np.asarray(block)[inside]
+            else:
+                self._read(wanted[first:stop], found[first:stop])
+        return found[places.reshape(np.shape(token_ids))]
+
+    def _read(self, wanted: Int[np.ndarray, " rows"], found: Float[np.ndarray, "rows H"]) -> None:
         width = self._table.shape[1]
-        found = np.empty((len(wanted), width), self._dtype)
         span = max(1, READ_BYTES // (width * self._dtype.itemsize))
         for first, stop in _groups(wanted, span):
             low, high = int(wanted[first]), int(wanted[stop - 1]) + 1
@@ -36,13 +55,13 @@ class EmbeddingRows:
                 f"{self._table.path}.0", self._table.hf_name, (high - low, width), rows=(low, high)
             )
             found[first:stop] = self._checkpoint.read(block)[wanted[first:stop] - low]
-        return found[places.reshape(np.shape(token_ids))]
 
 
 def _groups(wanted: Int[np.ndarray, " rows"], span: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of `wanted`, which is sorted, whose rows lie in `span` rows."""
+    """Half-open ranges of `wanted`, which is sorted, whose rows lie in one stretch of `span`."""
     first = 0
     while first < len(wanted):
-        stop = int(np.searchsorted(wanted, wanted[first] + span))
+        border = (int(wanted[first]) // span + 1) * span
+        stop = int(np.searchsorted(wanted, border))
         yield first, stop
         first = stop
