@@ -85,8 +85,8 @@ def _add_capped(parser: argparse.ArgumentParser) -> None:
         "--own-memory",
         type=_size,
         metavar="SIZE",
-        default=OWN_BYTES,
-        help="what of a limit is left to Python, JAX and compiled programs (default %(default)s)",
+        help="what of a limit is left to Python, JAX and compiled programs (default "
+        f"{', '.join(f'{size} for {part}' for part, size in OWN_BYTES.items())})",
     )
     add(
         "--part",
@@ -162,7 +162,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def bench_capped(options: argparse.Namespace) -> int:
     """Measures a planned model under limits, and prints it."""
-    from qwen3vl_jax.benchmark.capped import PARTS, Task, measure
+    from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS, Task, measure
     from qwen3vl_jax.benchmark.capped_table import table
     from qwen3vl_jax.benchmark.peer import require_torch
     from qwen3vl_jax.planned.figures import disk_reader, own_groups
@@ -180,7 +180,9 @@ def bench_capped(options: argparse.Namespace) -> int:
         store=store,
         dtype=work.dtype,
         weight_bytes=sum(math.prod(entry.shape) for entry in weights(work.config)) * item_bytes,
-        own_bytes=options.own_memory,
+        own_bytes=OWN_BYTES
+        if options.own_memory is None
+        else dict.fromkeys(OWN_BYTES, options.own_memory),
         new_tokens=options.new_tokens,
         repeats=options.repeats,
         prompt_tokens=options.prompt_tokens,

@@ -35,6 +35,7 @@ from qwen3vl_jax.planned.programs import Traced, trace_phase
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.shapes import Shape, cache_shapes, decode_shapes, scores_shapes
 from qwen3vl_jax.planned.skeleton import shape_network
+from qwen3vl_jax.planned.while_reading import WhileReading
 
 # The way that is not among the predicted ones where it does not fit.
 RESIDENT = "resident"
@@ -118,7 +119,7 @@ def forecast(
     programs = {name: one.program for name, one in traced.items()}
     smallest = smallest_budgets(programs, machine, cost)
     try:
-        plans = compile_phases(programs, machine, cost)
+        plans = compile_phases(programs, machine, WhileReading(cost))
     except DoesNotFitError:
         raise _refusal(smallest.checked(), machine) from None
     found: list[Pass] = []

@@ -18,7 +18,7 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--device-memory",
         metavar="SIZE",
-        help="for weights, caches and computing; Python and JAX take some 0.4 GB beside it",
+        help="for weights, caches and computing; Python and JAX take up to 0.5 GB beside it",
     )
     add("--host-memory", metavar="SIZE", help="main memory beside an accelerator")
     add("--nvme-dir", type=Path, metavar="DIR", help="where arrays may be moved out to")

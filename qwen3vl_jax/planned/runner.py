@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from memsched.cost import CostModel, Span
+from memsched.cost import CostModel, Roofline, Span
 from memsched.machine import NVME, Machine
 from memsched.passes.bridge import bridge
 from memsched.passes.compile import compile_phases
@@ -28,6 +28,7 @@ from qwen3vl_jax.phases import PREFILL_CHUNK, Phase, phases
 from qwen3vl_jax.planned.programs import Traced, trace_phase
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.shapes import cache_shapes, decode_shapes, scores_shapes
+from qwen3vl_jax.planned.while_reading import WhileReading
 from qwen3vl_jax.weights import Entry
 
 Key = tuple[Any, ...]
@@ -83,7 +84,7 @@ class PlannedRunner:
         self._network = network
         self.config = config
         self._rows = rows
-        self._cost = cost
+        self._cost = cost or Roofline()
         self._phases = phases(config)
         self._traced: dict[Key, Traced] = {}
         self._expected = (0, 0)
@@ -190,7 +191,7 @@ class PlannedRunner:
         # What is repeated most comes last: it chooses first what stays.
         order = sorted(group, key=lambda key: PHASE_ORDER.index(key[0]))
         programs = {names[key]: group[key].program for key in order}
-        plans = compile_phases(programs, self.machine, self._cost)
+        plans = compile_phases(programs, self.machine, WhileReading(self._cost))
         made = {key: Planned(traced, plans[names[key]]) for key, traced in group.items()}
         self._plans |= made
         for planned in made.values():
