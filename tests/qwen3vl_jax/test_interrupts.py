@@ -57,6 +57,7 @@ def started(code: str) -> subprocess.Popen[str]:
 
 def test_ctrl_c_ends_a_process_that_is_inside_one_long_call() -> None:
     child = started(LONG_CALL)
+    time.sleep(0.3)  # on a busy machine the call begins some time after the line before it
     sent = time.monotonic()
     child.send_signal(signal.SIGINT)
     _, complaints = child.communicate(timeout=20)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 import types
@@ -194,7 +195,8 @@ def test_a_process_in_a_group_cannot_take_more_than_the_limit() -> None:
         assert peak is None or peak <= 100 << 20
     assert taken[20 << 20] == 0
     assert taken[200 << 20] != 0
-    assert not list(itertools.chain.from_iterable(g.glob("qwen3vl-bench-*") for g in groups))
+    ours = f"qwen3vl-bench-{os.getpid()}-*"
+    assert not list(itertools.chain.from_iterable(g.glob(ours) for g in groups))
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_so() -> None:
