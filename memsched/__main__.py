@@ -105,7 +105,8 @@ def _pack(options: argparse.Namespace) -> str:
     begin_s = time.monotonic()
     # Imported here: --help should not wait for numpy.
     from memsched.packing import pack
-    from memsched.packing.table import check_target, read_items, write_items
+    from memsched.packing.table import read_items, write_items
+    from memsched.whole_file import check_target
 
     items = read_items(options.input)
     check_target(options.out)

@@ -4,6 +4,7 @@
   + ProgramError        2: a function that cannot be planned, or an argument out of range
   + DoesNotFitError     3: no plan keeps within the budgets
   + PlanError           4: a plan that breaks a rule, or belongs to something else
+  + CodecError          4: an array that a codec cannot hold
   + DamagedError        4: data on disk that are missing, cut or changed
   + StoreError          5: the file system refused (disk full, read error)
 
@@ -40,6 +41,12 @@ class DoesNotFitError(MemschedError):
 
 class PlanError(MemschedError, ValueError):
     """A plan that breaks a rule, or that was made for another program or machine."""
+
+    exit_code = 4
+
+
+class CodecError(MemschedError, ValueError):
+    """An array that a codec cannot hold: NaN, infinite or too large numbers."""
 
     exit_code = 4
 

@@ -52,11 +52,30 @@ class Compute:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU as its compiler sees it, for compiling where there is none.
+
+    It has a CUDA `compute_capability` ("6.1") and the figures of one of its `cores` (streaming
+    multiprocessors).
+    """
+
+    compute_capability: str
+    cores: int
+    clock_hz: float
+    l2_cache_bytes: int
+    threads_per_core: int
+    registers_per_core: int
+    shared_bytes_per_core: int
+    float32_units_per_core: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
     """Tiers from the fastest to the largest, and the links between them.
 
     Steps read the tier "device". Where there is no tier "host" (`device_is_host`), the device
-    computes in main memory, and a link leads from "nvme" straight to it.
+    computes in main memory, and a link leads from "nvme" straight to it. `target` is what programs
+    are compiled for ahead of time; no plan depends on it.
     """
 
     name: str
@@ -64,6 +83,7 @@ class Machine:
     tiers: tuple[Tier, ...]
     links: tuple[Link, ...]
     compute: Compute
+    target: Target | None = None
 
     def tier(self, name: str) -> Tier:
         """The tier of this name.
@@ -109,8 +129,9 @@ class Machine:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that change with anything in the machine but its name."""
+        """16 hexadecimal digits that change with anything that plans depend on."""
         body = dataclasses.asdict(self) | {"name": ""}
+        del body["target"]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 

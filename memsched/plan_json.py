@@ -68,7 +68,17 @@ def from_json(text: str, program: Program, machine: Machine) -> Plan:
         PlanError: it is no plan, of another version, made for another program, too large for this
             machine, or it breaks a rule.
     """
-    values = _parse(text)
+    plan = from_values(parse(text))
+    verify(plan, program, machine)
+    return plan
+
+
+def from_values(values: Mapping[str, Any]) -> Plan:
+    """The plan that parsed JSON holds, of the right form; whether it is right, `verify` knows.
+
+    Raises:
+        PlanError: it is no plan, or of another version.
+    """
     found = (values.get("format"), values.get("version"))
     # True equals 1, and is none.
     if found != (FORMAT, VERSION) or type(found[1]) is not int:
@@ -84,7 +94,7 @@ def from_json(text: str, program: Program, machine: Machine) -> Plan:
     for index, row in enumerate(rows):
         if row[:1] == ["copy"] and len(row) == 6 and row[5] is not None:
             slots[index] = _offset(f"actions[{index}]", row[5])
-    plan = Plan(
+    return Plan(
         program=_digest("program", values["program"]),
         machine=_digest("machine", values["machine"]),
         entry=_rests("entry", values["entry"]),
@@ -92,8 +102,6 @@ def from_json(text: str, program: Program, machine: Machine) -> Plan:
         exit=_rests("exit", values["exit"]),
         slots=slots,
     )
-    verify(plan, program, machine)
-    return plan
 
 
 def plan_digest(plan: Plan) -> str:
@@ -121,7 +129,12 @@ def _action_row(action: Action, slot: int | None) -> list[str | int | None]:
             assert_never(action)
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse(text: str) -> dict[str, Any]:
+    """A JSON object that someone else may have written.
+
+    Raises:
+        PlanError: it is none, too large, or has a key twice.
+    """
     if len(text) > LARGEST_TEXT:
         raise PlanError(f"plan: {len(text):,} characters; at most {LARGEST_TEXT:,} are read")
     try:

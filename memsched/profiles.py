@@ -1,7 +1,8 @@
 """Machines as TOML files: one table for the compute, one for each tier and each link.
 
-Keys are the names of the fields in memsched/machine.py. Bytes may be written as text ("1.5GiB").
-Whatever is unknown, missing or out of range is refused with the name of its key.
+Keys are the names of the fields in memsched/machine.py; a table [target] says what to compile for.
+Bytes may be written as text ("1.5GiB"). Whatever is unknown, missing or out of range is refused
+with the name of its key.
 """
 
 import dataclasses
@@ -12,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memsched.errors import ProgramError, StoreError
-from memsched.machine import DEVICE, HOST, NVME, Compute, Link, Machine, Tier
+from memsched.errors import ProgramError
+from memsched.machine import DEVICE, HOST, NVME, Compute, Link, Machine, Target, Tier
 from memsched.sizes import LARGEST_BYTES, parse_size
+from memsched.whole_file import write_whole
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 LARGEST_FILE_BYTES = 1 << 20
@@ -37,6 +39,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "threads": (1, 65536),
     "threads_per_block": (0, 65536),
     "shared_bytes_per_block": (0, 1 << 30),
+    "cores": (1, 65536),
+    "clock_hz": (1, 1e11),
+    "l2_cache_bytes": (1, 1 << 40),
+    "threads_per_core": (1, 65536),
+    "registers_per_core": (1, 1 << 30),
+    "shared_bytes_per_core": (1, 1 << 30),
+    "float32_units_per_core": (1, 65536),
 }
 _POWERS_OF_TWO = ("alignment_bytes", "block_bytes")
 
@@ -66,7 +75,7 @@ def load_machine(path: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    """Writes a TOML file that `load_machine` reads back as the same machine.
+    """Writes a TOML file that `load_machine` reads back as the same machine, all or nothing.
 
     Raises:
         ProgramError: the machine breaks a rule of `load_machine`.
@@ -74,10 +83,7 @@ def write_machine(machine: Machine, path: Path) -> None:
     """
     text = "\n".join(_lines(machine)) + "\n"
     _machine(tomllib.loads(text))
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise StoreError(f"machine {path}: {error.strerror}") from error
+    write_whole(path, text)
 
 
 def _machine(values: Mapping[str, Any]) -> Machine:
@@ -89,15 +95,18 @@ def _machine(values: Mapping[str, Any]) -> Machine:
         _record(Link, f"links[{index}].", table)
         for index, table in enumerate(_tables(values, "links"))
     )
-    compute = values.get("compute")
+    compute, target = values.get("compute"), values.get("target")
     if not isinstance(compute, dict):
         raise ProgramError("compute must be a table: [compute]")
+    if not isinstance(target, dict | None):
+        raise ProgramError("target must be a table: [target]")
     machine = Machine(
         name=_word("name", values.get("name")),
         platform=_word("platform", values.get("platform")),
         tiers=tiers,
         links=links,
         compute=_record(Compute, "compute.", compute),
+        target=None if target is None else _record(Target, "target.", target),
     )
     _check(machine)
     return machine
@@ -181,6 +190,7 @@ def _lines(machine: Machine) -> list[str]:
     records: list[tuple[str, Any]] = [("[compute]", machine.compute)]
     records += [("[[tiers]]", tier) for tier in machine.tiers]
     records += [("[[links]]", link) for link in machine.links]
+    records += [("[target]", machine.target)] if machine.target else []
     for heading, record in records:
         lines += ["", heading]
         for key, value in dataclasses.asdict(record).items():

@@ -1,4 +1,4 @@
-"""The KV cache: static shapes, updated in place by donation.
+"""The KV cache: static shapes, updated in place by donation. `long_cache` has its second form.
 
 A layer's keys and values are [BK, S, D], one row of slots for every key head of every sequence: one
 query then reads them at 12 GB/s on a CPU, against 1 to 2 GB/s and a copy of the cache for [B, S, K,
@@ -8,6 +8,7 @@ ms a layer against 1.5 ms).
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +33,30 @@ class LayerCache:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CacheForm:
+    """Of what form a cache shall be made: in blocks of `block_slots`, if that is not None."""
+
+    batch: int
+    capacity: int
+    block_slots: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class KVCache:
     """What the decoder remembers of a batch. A step that takes it consumes it and returns the next.
 
     `valid[b, s]` says whether slot s of row b holds a real token; the first `length` slots are in
     use. `next_position` is the rotary position of each row's next token.
+
+    In the long form (`long_cache`) `full` has the full blocks of every layer, `layers` the current
+    one.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[LayerCache, ...] | tuple[Float[Leaf, "2 BK L D"], ...]
     valid: Bool[Array, "B S"]
     length: int
     next_position: Int[np.ndarray, " B"]
+    full: tuple[tuple[Any, ...], ...] | None = None
 
     @property
     def batch(self) -> int:
@@ -55,9 +69,37 @@ class KVCache:
         return self.valid.shape[1]
 
     @property
+    def block_slots(self) -> int | None:
+        """Slots of a block in the long form."""
+        first = self.layers[0]
+        return None if isinstance(first, LayerCache) else int(first.shape[2])
+
+    @property
+    def room(self) -> int:
+        """Slots that the next pass may fill: no pass crosses the border of a block."""
+        left, slots = self.capacity - self.length, self.block_slots
+        return left if slots is None else min(left, slots - self.length % slots)
+
+    @property
+    def sealed_slots(self) -> int:
+        """Slots of full blocks, which never change."""
+        return 0 if self.full is None else len(self.full[0]) * (self.block_slots or 0)
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What phases take of it, in their order."""
+        held = (self.layers, self.valid)
+        return held if self.full is None else (self.full, *held)
+
+    def after(self, tokens: int, layers: Any, valid: Bool[Array, "B S"]) -> "KVCache":
+        """What phases returned of it, with so many tokens more."""
+        return dataclasses.replace(self, layers=layers, valid=valid, length=self.length + tokens)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all device arrays."""
-        return sum(array.nbytes for array in jax.tree.leaves((self.layers, self.valid)))
+        leaves = jax.tree.leaves(self.parts)
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array))
 
 
 def new_cache(config: TextConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen3vl_jax.cache import grown
 from qwen3vl_jax.drafting import DRAFT_TOKENS, DraftCounts, Trial, propose_rows
 from qwen3vl_jax.errors import BadInputError, UsageError
 from qwen3vl_jax.generation_settings import GenerationSettings
@@ -100,7 +99,7 @@ class Session:
         self._tell(ids, real)
         cache = self._take_cache()
         if cache.capacity < capacity:
-            cache = grown(cache, capacity)
+            cache = self._model.grown(cache, capacity)
         self._logits, self._cache = self._model.prefill(inputs, cache, features=features)
         self.unfed = None
         return vision_s
@@ -152,8 +151,8 @@ class Session:
             self._logits = self._trial.logits()
             self.drafts = self.drafts.with_accepted()
         else:
-            draft = self._draft(finished, settings)
             cache = self._take_cache()
+            draft = self._draft(finished, settings, cache)
             if draft is None:
                 self._logits, self._cache = self._model.decode(tokens, cache)
             else:
@@ -165,10 +164,10 @@ class Session:
         self.unfed = None
 
     def _draft(
-        self, finished: Bool[np.ndarray, " batch"], settings: GenerationSettings
+        self, finished: Bool[np.ndarray, " batch"], settings: GenerationSettings, cache: Any
     ) -> Int[np.ndarray, "batch drafted"] | None:
         """Tokens to try, always equally many; None without a guess, or without room for them."""
-        if settings.draft is None or self.length + 1 + DRAFT_TOKENS > self.capacity:
+        if settings.draft is None or cache.room < 1 + DRAFT_TOKENS:
             return None
         told = [np.frombuffer(row, np.int32) for row in self._told]
         return propose_rows(told, finished, DRAFT_TOKENS, padding=settings.padding)

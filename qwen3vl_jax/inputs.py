@@ -98,6 +98,12 @@ def cut(chunk: Chunk, first: int, last: int, tokens: int) -> Chunk:
     )
 
 
+def last_real(tokens: Chunk) -> Int[np.ndarray, " batch"]:
+    """The column of each row's last real token."""
+    columns = tokens.valid.shape[1]
+    return (columns - 1 - np.argmax(tokens.valid[:, ::-1], axis=1)).astype(np.int32)
+
+
 def _ids(inputs: Mapping[str, Any], config: Config) -> Int[np.ndarray, "batch tokens"]:
     ids = np.asarray(inputs.get("input_ids"))
     if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):

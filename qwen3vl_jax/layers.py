@@ -1,11 +1,24 @@
 """Parts that the vision tower and the decoder share, as NNX modules with the checkpoint's names."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from qwen3vl_jax.linear import linear
+
+Arrays = TypeVar("Arrays")
+
+
+def cut(arrays: Arrays) -> Arrays:
+    """The same arrays, where a step could end: XLA rounds them, and orders sums, as if it did.
+
+    So a layer gives the same bits as one step and as several. Without this XLA merges arithmetic
+    across the place, and keeps bfloat16 values in float32 on the way.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, arrays)
 
 
 class Linear(nnx.Module):

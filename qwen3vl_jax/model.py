@@ -17,11 +17,21 @@ from jaxtyping import Array, Float, Int
 
 from qwen3vl_jax import text
 from qwen3vl_jax.buckets import bucket
-from qwen3vl_jax.cache import KVCache, new_cache
+from qwen3vl_jax.cache import KVCache
+from qwen3vl_jax.cache_forms import check_room, empty_cache, larger, shortened
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import GenerationSettings, load_settings
-from qwen3vl_jax.inputs import SMALLEST_TOKENS, cut, feature_count, picture_pieces, prepare
+from qwen3vl_jax.inputs import (
+    SMALLEST_TOKENS,
+    cut,
+    feature_count,
+    last_real,
+    picture_pieces,
+    prepare,
+)
+from qwen3vl_jax.long_cache import with_room
+from qwen3vl_jax.long_phases import long_phases
 from qwen3vl_jax.network import (
     Chunk,
     Features,
@@ -57,6 +67,7 @@ class Qwen3VL:
         self.settings = settings
         self._runner = Direct(network) if runner is None else runner
         self._phases = phases(config)
+        self._long_phases = long_phases(config)
 
     @classmethod
     def from_pretrained(
@@ -71,6 +82,7 @@ class Qwen3VL:
         nvme_space: int | str | None = None,
         level: str = "minimal",
         machine: str | Path | None = None,
+        max_context: int | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
 
@@ -88,6 +100,7 @@ class Qwen3VL:
             nvme_space: how much of it; reserved at once.
             level: how far values may be changed to save memory; "minimal" changes no bit.
             machine: a file that describes the machine, in place of measuring this one.
+            max_context: tokens for which every cache shall have room; more are refused.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
@@ -98,7 +111,9 @@ class Qwen3VL:
 
         config = load_config(path)
         chosen = named_dtype(config.dtype if dtype is None else dtype)
-        budgets = Budgets(device_memory, host_memory, nvme_dir, nvme_space, level, machine)
+        budgets = Budgets(
+            device_memory, host_memory, nvme_dir, nvme_space, level, machine, max_context
+        )
         rows = block_rows(config.text.vocab_size, vocab_blocks)
         entries = table(config, vocab_rows=rows)
         nbytes = sum(math.prod(entry.shape) for entry in entries) * chosen.itemsize
@@ -159,9 +174,8 @@ class Qwen3VL:
         """Scores of the next token at every position, float32; garbage at padding.
 
         Args:
-            inputs: `input_ids` [B, T], and as in transformers `attention_mask`,
-            `mm_token_type_ids`,
-                `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`.
+            inputs: `input_ids` [B, T], and as in transformers `attention_mask`, `pixel_values`,
+                `mm_token_type_ids`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`.
 
         Raises:
             UsageError: arrays that do not belong together.
@@ -174,10 +188,17 @@ class Qwen3VL:
         positions, rows, valid = tokens.positions, tokens.feature_rows, tokens.valid
         return self._run("forward", x, positions, rows, features, valid)[:, :count]
 
-    def new_cache(self, *, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache for `batch` rows of at least `capacity` tokens."""
-        self._runner.expect(batch, capacity)
-        return new_cache(self.config.text, batch=batch, capacity=capacity, dtype=self.dtype)
+    def new_cache(self, *, batch: int, capacity: int, block_slots: int | None = None) -> KVCache:
+        """An empty KV cache for `batch` rows of at least `capacity` tokens.
+
+        Args:
+            block_slots: makes one in blocks of so many tokens; by default a model does that whose
+                plans have no room for a plain one.
+        """
+        form = self._runner.expect(batch, capacity)
+        if block_slots is not None:
+            form = dataclasses.replace(form, block_slots=block_slots)
+        return empty_cache(self.config.text, form, self.dtype)
 
     def encode(self, inputs: Mapping[str, Any]) -> Features | None:
         """Runs all pictures and videos of `inputs` through the vision tower; None without any.
@@ -191,7 +212,7 @@ class Qwen3VL:
         features = empty_features(count, self.config, self.dtype)
         for piece in picture_pieces(self.config, inputs):
             features = self._run("vision", features, piece)
-        return features
+        return self._runner.settle(features)
 
     def prefill(
         self,
@@ -217,13 +238,15 @@ class Qwen3VL:
         """
         batch, following = prepare(self.config, inputs, start=cache.next_position, pictures=False)
         count = batch.tokens.input_ids.shape[1]
-        _check_room(len(batch.tokens.input_ids), count, cache)
+        check_room(len(batch.tokens.input_ids), count, cache)
         features = self.encode(inputs) if features is None else features
         kept = jnp.zeros((cache.batch, 1, self.config.text.hidden_size), self.dtype)
         size = self._runner.chunk_tokens if chunk_tokens is None else chunk_tokens
-        for first in range(0, count, size):
-            end = min(first + size, count)
+        first = 0
+        while first < count:
+            end = min(first + size, first + cache.room, count)
             kept, cache = self._extend(batch.tokens, first, end, features, cache, kept)
+            first = end
         scores = text.scores_at(self._run("scores", kept), np.int32(0))
         return scores, dataclasses.replace(cache, next_position=following)
 
@@ -255,15 +278,38 @@ class Qwen3VL:
 
     def forget(self, cache: KVCache, tokens: int) -> KVCache:
         """The cache without the last `tokens` tokens of every row, all of them real ones."""
-        if tokens == 0:
-            return cache
-        length = cache.length - tokens
-        return dataclasses.replace(
-            cache,
-            valid=text.forget_from(cache.valid, np.int32(length)),
-            length=length,
-            next_position=cache.next_position - np.int32(tokens),
-        )
+        return shortened(cache, tokens)
+
+    def grown(self, cache: KVCache, capacity: int) -> KVCache:
+        """The same contents in at least `capacity` slots; a cache that had to grow is consumed.
+
+        Raises:
+            UsageError, memsched.errors.DoesNotFitError: as for `new_cache`.
+        """
+        return cache if capacity <= cache.capacity else larger(cache, capacity, self._runner)
+
+    def set_memory(
+        self, *, device_memory: int | str | None = None, host_memory: int | str | None = None
+    ) -> None:
+        """Changes the budgets of a model that has plans, from its next pass on.
+
+        The answer stays the same, and caches stay where they are. May be called between tokens (by
+        a streamer, or between the pieces of a chat's answer), and by other threads, where it waits
+        for the pass under way. When it returns, what no longer fits has been given back. Budgets
+        higher than ever before make weights be read anew.
+
+        Args:
+            device_memory: bytes, or text like "1.5GiB", as in `from_pretrained`; None: as it is.
+            host_memory: the same for main memory beside an accelerator.
+
+        Raises:
+            UsageError: the model has no plans: all its weights are in memory.
+            memsched.errors.DoesNotFitError: too little for the answer under way. It has the least
+                that would do, and the old budgets stay in force.
+        """
+        from qwen3vl_jax.planned.loading import Budgets, set_memory
+
+        set_memory(self, Budgets(device_memory=device_memory, host_memory=host_memory))
 
     def wait(self) -> None:
         """Returns when all weights that rest in memory are there."""
@@ -296,8 +342,9 @@ class Qwen3VL:
         settings = self.settings.override(**given)
         return generate(self, inputs, settings, streamer=streamer, tokenizer=tokenizer)
 
-    def _run(self, phase: str, *arrays: Any) -> Any:
-        return self._runner.run(self._phases[phase], *arrays)
+    def _run(self, phase: str, *arrays: Any, blocks: bool = False) -> Any:
+        known = self._long_phases if blocks else self._phases
+        return self._runner.run(known[phase], *arrays)
 
     def _extend(
         self,
@@ -310,9 +357,10 @@ class Qwen3VL:
     ) -> tuple[Float[Array, "B 1 H"], KVCache]:
         """Runs tokens `first` to `end`, padded to a bucket where the cache has room for that."""
         tokens = end - first
+        cache = with_room(cache, self._runner.seal)
         fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
-        new = cut(chunk, first, end, min(fitting, cache.capacity - cache.length))
-        last = _last_real(chunk)
+        new = cut(chunk, first, end, min(fitting, cache.room))
+        last = last_real(chunk)
         here = (last >= first) & (last < end)
         kept, layers, valid = self._run(
             "prefill",
@@ -320,46 +368,32 @@ class Qwen3VL:
             new.positions,
             new.feature_rows,
             features,
-            cache.layers,
-            cache.valid,
+            *cache.parts,
             new.valid,
             np.array(cache.length, np.int32),
             kept,
             np.where(here, last - first, 0).astype(np.int32),
             here,
+            blocks=cache.full is not None,
         )
-        return kept, KVCache(layers, valid, cache.length + tokens, cache.next_position)
+        return kept, cache.after(tokens, layers, valid)
 
     def _decode(
         self, phase: str, token_ids: Int[np.ndarray, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T V"], KVCache]:
         batch, tokens = token_ids.shape
-        _check_room(batch, tokens, cache)
+        check_room(batch, tokens, cache, one_pass=True)
+        cache = with_room(cache, self._runner.seal)
         columns = cache.next_position[:, None] + np.arange(tokens, dtype=np.int32)
         scores, layers, valid = self._run(
             phase,
             self._runner.embed(token_ids.astype(np.int32)),
             np.broadcast_to(columns, (3, batch, tokens)),
-            cache.layers,
-            cache.valid,
+            *cache.parts,
             np.ones((batch, tokens), bool),
             np.array(cache.length, np.int32),
+            blocks=cache.full is not None,
         )
         following = cache.next_position + np.int32(tokens)
-        return scores, KVCache(layers, valid, cache.length + tokens, following)
-
-
-def _last_real(tokens: Chunk) -> Int[np.ndarray, " B"]:
-    """The column of each row's last real token."""
-    columns = tokens.valid.shape[1]
-    return (columns - 1 - np.argmax(tokens.valid[:, ::-1], axis=1)).astype(np.int32)
-
-
-def _check_room(batch: int, count: int, cache: KVCache) -> None:
-    if batch != cache.batch:
-        raise UsageError(f"cache: made for {cache.batch} rows, but the inputs have {batch}")
-    if cache.length + count > cache.capacity:
-        raise UsageError(
-            f"cache: {cache.length} + {count} tokens do not fit {cache.capacity} slots; "
-            "make it larger with new_cache(capacity=...) or cache.grown"
-        )
+        after = cache.after(tokens, layers, valid)
+        return scores, dataclasses.replace(after, next_position=following)

@@ -7,6 +7,8 @@ width.
 Source: transformers 5.23, `modeling_qwen3_vl_moe.py`, class Qwen3VLMoeTextSparseMoeBlock.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from qwen3vl_jax.arrays import AnyArray, Leaf
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.layers import Linear
+from qwen3vl_jax.layers import Linear, cut
 from qwen3vl_jax.linear import linear
 
 SMALLEST_GROUP, LARGEST_GROUP = 4, 64  # rows of one product; up to 8 cost as much as one
@@ -36,6 +39,26 @@ class Expert(nnx.Module):
         return linear(jax.nn.silu(gate) * up, self.down_proj[...])
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "row_of", "share_of", "counts"],
+    meta_fields=["group"],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Routing:
+    """Hidden values, and through which experts they go.
+
+    Assignments of a row to an expert are sorted by expert, then by row: `row_of` and `share_of`
+    tell them one by one, `counts` how many each expert has. An expert takes `group` at a time.
+    """
+
+    rows: Float[Leaf, "R H"]
+    row_of: Int[Leaf, " assignments"]
+    share_of: Float[Leaf, " assignments"]
+    counts: Int[Leaf, " E"]
+    group: int
+
+
 class SparseMLP(nnx.Module):
     """Router and experts of one layer."""
 
@@ -49,12 +72,18 @@ class SparseMLP(nnx.Module):
         self.choices = config.num_experts_per_tok
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        rows = x.reshape(-1, x.shape[-1])
-        shares, chosen = route(self.gate(rows), self.choices)
-        return run_experts(self.experts, rows, shares, chosen).reshape(x.shape)
+        routing = cut(route(self.gate, x, self.choices))
+        total = add_experts(self.experts, jnp.int32(0), routing, jnp.zeros_like(routing.rows))
+        return cut(total).reshape(x.shape)
 
 
-def route(
+def route(gate: Linear, x: Float[Array, "B T H"], choices: int) -> Routing:
+    """Chooses the experts of every row."""
+    rows = cut(x.reshape(-1, x.shape[-1]))
+    return assign(rows, *choose(gate(rows), choices), gate.weight.shape[0])
+
+
+def choose(
     scores: Float[Array, "R E"], choices: int
 ) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
     """The experts of every row and their shares, which sum to one; of equals the first wins."""
@@ -69,37 +98,59 @@ def group_rows(count: int, choices: int, experts: int) -> int:
     return min(count, max(SMALLEST_GROUP, min(1 << (average - 1).bit_length(), LARGEST_GROUP)))
 
 
-def run_experts(
-    experts: Sequence[Expert],
+def assign(
     rows: Float[Array, "R H"],
     shares: Float[Array, "R C"],
     chosen: Int[Array, "R C"],
-) -> Float[Array, "R H"]:
-    """Sum of each row's chosen experts times their shares.
+    experts: int,
+) -> Routing:
+    """Sorts assignments by expert:
 
-    Assignments are sorted by expert and cut into groups of one expert; one loop takes a group at a
-    time, so experts that nobody chose cost nothing:
-        chosen [[2, 0], [2, 1]]  ->  expert 0: row 0 | expert 1: row 1 | expert 2: rows 0, 1
+    chosen [[2, 0], [2, 1]]  ->  expert 0: row 0 | expert 1: row 1 | expert 2: rows 0, 1
     """
     count, choices = chosen.shape
-    size = group_rows(count, choices, len(experts))
+    group = group_rows(count, choices, experts)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
-    # `size` more entries than assignments, so that the last group may read past the end.
-    row_of = jnp.pad(order // choices, (0, size)).astype(jnp.int32)
-    share_of = jnp.pad(shares.reshape(-1)[order], (0, size))
-    counts = jnp.bincount(chosen.reshape(-1), length=len(experts)).astype(jnp.int32)
-    ends = jnp.cumsum(counts)
-    groups_until = jnp.cumsum((counts + (size - 1)) // size)
+    # `group` more entries than assignments, so that the last group may read past the end.
+    return Routing(
+        rows,
+        jnp.pad(order // choices, (0, group)).astype(jnp.int32),
+        jnp.pad(shares.reshape(-1)[order], (0, group)),
+        jnp.bincount(chosen.reshape(-1), length=experts).astype(jnp.int32),
+        group,
+    )
+
+
+def add_experts(
+    experts: Sequence[Expert],
+    first: Int[AnyArray, ""],
+    routing: Routing,
+    total: Float[Array, "R H"],
+) -> Float[Array, "R H"]:
+    """Adds to each row what those of its chosen experts say that are here, times their shares.
+
+    One loop takes a group of an expert's rows at a time, so experts that nobody chose cost nothing.
+    A row's experts are added in the order of their numbers, in the dtype of the rows: taking all
+    experts at once or some after others, in their order, gives the same bits.
+
+    Args:
+        experts: those numbered `first` and following.
+    """
+    size, counts = routing.group, routing.counts
+    groups = (counts + (size - 1)) // size
+    ends, groups_until = jnp.cumsum(counts), jnp.cumsum(groups)
+    last = first + (len(experts) - 1)
 
     def add_group(group: Array, total: Float[Array, "R H"]) -> Float[Array, "R H"]:
         index = jnp.searchsorted(groups_until, group, side="right").astype(jnp.int32)
-        of_expert = (counts[index] + (size - 1)) // size
-        nth = group - (groups_until[index] - of_expert)
+        nth = group - (groups_until[index] - groups[index])
         at = ends[index] - counts[index] + nth * size
-        where = jax.lax.dynamic_slice(row_of, (at,), (size,))
-        share = jax.lax.dynamic_slice(share_of, (at,), (size,))
+        where = jax.lax.dynamic_slice(routing.row_of, (at,), (size,))
+        share = jax.lax.dynamic_slice(routing.share_of, (at,), (size,))
         share = jnp.where(at + jnp.arange(size) < ends[index], share, jnp.zeros_like(share))
-        part = jax.lax.switch(index, experts, rows[where])
+        part = cut(jax.lax.switch(index - first, experts, cut(routing.rows[where])))
         return total.at[where].add(part * share[:, None])
 
-    return jax.lax.fori_loop(0, groups_until[-1], add_group, jnp.zeros_like(rows))
+    return jax.lax.fori_loop(
+        groups_until[first] - groups[first], groups_until[last], add_group, total
+    )

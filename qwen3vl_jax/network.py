@@ -5,7 +5,7 @@ Array names are pytree paths, which are the checkpoint's tensor names without th
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from qwen3vl_jax import text, vision
 from qwen3vl_jax.arrays import AnyArray, Leaf
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
+from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity, forward_layer
 
 
 class Qwen3VLNetwork(nnx.Module):
@@ -174,7 +175,7 @@ def forward(network: Qwen3VLNetwork, batch: Batch, config: Config) -> Float[Arra
     decoder = network.language_model
     x = text.embed_tokens(decoder.embed_tokens, tokens.input_ids)
     positions, rows, valid = tokens.positions, tokens.feature_rows, tokens.valid
-    x = decode_whole(decoder.layers, x, positions, rows, features, valid, config)
+    x = decode_whole(decoder.layers, x, positions, rows, features, valid, config, WHOLE_LAYERS)
     return text.head(decoder.norm, network.head, x)
 
 
@@ -186,13 +187,36 @@ def decode_whole(
     features: Features | None,
     valid: Bool[AnyArray, "B T"],
     config: Config,
+    granularity: Granularity,
 ) -> Float[Array, "B T H"]:
     """Runs embeddings through all layers, without a cache."""
+
+    def forward(index: int, x: Float[Array, "B T H"], cos: Any, sin: Any) -> Float[Array, "B T H"]:
+        return forward_layer(layers[index], x, cos, sin, valid, granularity)
+
+    return through_layers(forward, len(layers), x, positions, feature_rows, features, config)
+
+
+def through_layers(
+    layer: Callable[[int, Array, Array, Array], Array],
+    count: int,
+    x: Float[Array, "B T H"],
+    positions: Int[AnyArray, "3 B T"],
+    feature_rows: Int[AnyArray, "B T"] | None,
+    features: Features | None,
+    config: Config,
+) -> Float[Array, "B T H"]:
+    """Puts vision tokens among embeddings, and takes all through `count` layers.
+
+    Args:
+        layer: `layer(index, x, cos, sin)` is x after one layer.
+        features: None if no placeholder is among the tokens.
+    """
     if features is not None:
         x = text.place_features(x, features.tokens, feature_rows)
     cos, sin = text.text_angles(positions, rope=config.text.rope, head_dim=config.text.head_dim)
-    for index, layer in enumerate(layers):
-        x = text.decoder_layer(layer, x, cos, sin, valid)
+    for index in range(count):
+        x = layer(index, x, cos, sin)
         if features is not None and index < len(features.deepstack):
             x = text.add_features(x, features.deepstack[index], feature_rows)
     return x

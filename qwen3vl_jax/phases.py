@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3vl_jax import text, vision
 from qwen3vl_jax.arrays import AnyArray
-from qwen3vl_jax.cache import LayerCache
+from qwen3vl_jax.cache import CacheForm, LayerCache
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
+from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity, extend_layer
 from qwen3vl_jax.layers import RMSNorm
 from qwen3vl_jax.network import (
     Features,
@@ -28,6 +30,7 @@ from qwen3vl_jax.network import (
     decode_whole,
     encode_piece,
     named_arrays,
+    through_layers,
 )
 
 PREFILL_CHUNK = 512  # tokens: fewer read the weights too often, more need more workspace
@@ -60,6 +63,7 @@ def extend_phase(
     here: Bool[AnyArray, " B"],
     *,
     config: Config,
+    granularity: Granularity = WHOLE_LAYERS,
 ) -> tuple[Float[Array, "B 1 H"], Caches, Bool[Array, "B S"]]:
     """Takes T new tokens of a prompt into the cache, from slot `start` on.
 
@@ -71,7 +75,9 @@ def extend_phase(
         kept: hidden values of each row's last token; row b becomes token `place[b]` where `here`.
     """
     valid = text.mark_valid(valid, new_valid, start)
-    x, cache = _extend(layers, x, positions, feature_rows, features, cache, valid, start, config)
+    x, cache = _extend(
+        layers, x, positions, feature_rows, features, cache, valid, start, config, granularity
+    )
     return text.keep_last(kept, x, place, here), cache, valid
 
 
@@ -87,13 +93,14 @@ def decode_phase(
     start: Int[AnyArray, ""],
     *,
     config: Config,
+    granularity: Granularity = WHOLE_LAYERS,
 ) -> tuple[Float[Array, "B T V"], Caches, Bool[Array, "B S"]]:
     """Takes in T new tokens, one or some on trial; scores of the next token after each, float32.
 
     `cache` and `valid` are updated; `x` is consumed.
     """
     valid = text.mark_valid(valid, new_valid, start)
-    x, cache = _extend(layers, x, positions, None, None, cache, valid, start, config)
+    x, cache = _extend(layers, x, positions, None, None, cache, valid, start, config, granularity)
     return text.head(norm, head, x), cache, valid
 
 
@@ -115,9 +122,10 @@ def forward_phase(
     valid: Bool[AnyArray, "B T"],
     *,
     config: Config,
+    granularity: Granularity = WHOLE_LAYERS,
 ) -> Float[Array, "B T V"]:
     """Scores at every position without a cache, float32."""
-    x = decode_whole(layers, x, positions, feature_rows, features, valid, config)
+    x = decode_whole(layers, x, positions, feature_rows, features, valid, config, granularity)
     return text.head(norm, head, x)
 
 
@@ -131,17 +139,18 @@ def _extend(
     valid: Bool[Array, "B S"],
     start: Int[AnyArray, ""],
     config: Config,
+    granularity: Granularity,
 ) -> tuple[Float[Array, "B T H"], Caches]:
     """Runs T new tokens through all layers on top of a cache."""
-    if features is not None:
-        x = text.place_features(x, features.tokens, feature_rows)
-    cos, sin = text.text_angles(positions, rope=config.text.rope, head_dim=config.text.head_dim)
-    written = []
-    for index, (layer, before) in enumerate(zip(layers, cache, strict=True)):
-        x, after = text.cached_layer(layer, x, cos, sin, before, start, valid)
-        written.append(after)
-        if features is not None and index < len(features.deepstack):
-            x = text.add_features(x, features.deepstack[index], feature_rows)
+    written = list(cache)
+
+    def extend(index: int, x: Float[Array, "B T H"], cos: Any, sin: Any) -> Float[Array, "B T H"]:
+        x, written[index] = extend_layer(
+            layers[index], x, cos, sin, cache[index], start, valid, granularity
+        )
+        return x
+
+    x = through_layers(extend, len(cache), x, positions, feature_rows, features, config)
     return x, tuple(written)
 
 
@@ -161,8 +170,12 @@ class Phase:
     arrays: Mapping[str, str]
 
 
-def phases(config: Config) -> dict[str, Phase]:
-    """All phases of a model, by name. "verify" is "decode" for several tokens at once."""
+def phases(config: Config, granularity: Granularity = WHOLE_LAYERS) -> dict[str, Phase]:
+    """All phases of a model, by name. "verify" is "decode" for several tokens at once.
+
+    Args:
+        granularity: how finely layers are cut into steps; it changes no phase's result.
+    """
     head = "language_model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     scoring = ("language_model.norm", head)
     decoding = ("language_model.layers", *scoring)
@@ -180,16 +193,26 @@ def phases(config: Config) -> dict[str, Phase]:
         ),
         Phase(
             "prefill",
-            bound(extend_phase, config=config),
+            bound(extend_phase, config=config, granularity=granularity),
             ("language_model.layers",),
             {**tokens, **pictures, **cached, **kept},
         ),
-        Phase("decode", bound(decode_phase, config=config), decoding, {**tokens, **cached}),
-        Phase("verify", bound(decode_phase, config=config), decoding, {**tokens, **cached}),
+        Phase(
+            "decode",
+            bound(decode_phase, config=config, granularity=granularity),
+            decoding,
+            {**tokens, **cached},
+        ),
+        Phase(
+            "verify",
+            bound(decode_phase, config=config, granularity=granularity),
+            decoding,
+            {**tokens, **cached},
+        ),
         Phase("scores", scores_phase, scoring, {"kept": "input"}),
         Phase(
             "forward",
-            bound(forward_phase, config=config),
+            bound(forward_phase, config=config, granularity=granularity),
             decoding,
             {**tokens, **pictures, "valid": "input"},
         ),
@@ -206,8 +229,16 @@ class Runner(Protocol):
 
     chunk_tokens: int
 
-    def expect(self, batch: int, capacity: int) -> None:
-        """Says that a KV cache of this size is about to be made."""
+    def expect(self, batch: int, capacity: int) -> CacheForm:
+        """Says that a KV cache of at least this size is about to be made; returns of what form."""
+
+    def seal(
+        self, name: str, block: Float[Array, "2 BK L D"]
+    ) -> tuple[Any, Float[Array, "2 BK L D"]]:
+        """Takes a full block: returns what phases shall get of it, and an array for the next."""
+
+    def settle(self, features: Features) -> Features:
+        """Takes what the vision tower said: returns what phases shall get of it."""
 
     def embed(self, token_ids: Int[AnyArray, "B T"]) -> Float[Array, "B T H"]:
         """The rows of the embedding table: new arrays, which a phase may consume."""
@@ -234,8 +265,19 @@ class Direct:
         self._network = network
         self._layers = text.flat_layers(network.language_model.layers)
 
-    def expect(self, batch: int, capacity: int) -> None:
-        """Nothing is reserved."""
+    def expect(self, batch: int, capacity: int) -> CacheForm:
+        """Nothing is reserved, and no cache is cut into blocks."""
+        return CacheForm(batch, capacity)
+
+    def seal(
+        self, name: str, block: Float[Array, "2 BK L D"]
+    ) -> tuple[Any, Float[Array, "2 BK L D"]]:
+        """The block stays where it is."""
+        return block, jnp.zeros_like(block)
+
+    def settle(self, features: Features) -> Features:
+        """They stay where they are."""
+        return features
 
     def embed(self, token_ids: Int[AnyArray, "B T"]) -> Float[Array, "B T H"]:
         """One step."""

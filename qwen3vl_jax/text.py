@@ -20,7 +20,7 @@ from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.cache import LayerCache, write
 from qwen3vl_jax.config import RopeConfig, TextConfig
-from qwen3vl_jax.layers import Linear, RMSNorm
+from qwen3vl_jax.layers import Linear, RMSNorm, cut
 from qwen3vl_jax.linear import linear
 from qwen3vl_jax.moe import SparseMLP
 from qwen3vl_jax.rope import rotate, text_rotation
@@ -102,7 +102,9 @@ class DenseMLP(nnx.Module):
         self.down_proj = make(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = cut(x)
+        gate = cut(self.gate_proj(x))
+        return self.down_proj(cut(jax.nn.silu(gate) * self.up_proj(x)))
 
 
 class DecoderLayer(nnx.Module):
@@ -118,8 +120,8 @@ class DecoderLayer(nnx.Module):
     def finish(
         self, x: Float[Array, "B T H"], mixed: Float[Array, "B N T D"]
     ) -> Float[Array, "B T H"]:
-        """All that follows the softmax."""
-        x = x + self.self_attn.combine(mixed)
+        """All that follows the softmax. `layer_steps.finish_layer` is the same as steps."""
+        x = cut(x + self.self_attn.combine(mixed))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -167,7 +169,8 @@ def flat_layers(layers: Sequence[DecoderLayer]) -> tuple[FlatLayer, ...]:
     return tuple(flat)
 
 
-def _module(layer: DecoderLayer | FlatLayer) -> DecoderLayer:
+def module_of(layer: DecoderLayer | FlatLayer) -> DecoderLayer:
+    """The layer as a module."""
     return layer.module() if isinstance(layer, FlatLayer) else layer
 
 
@@ -212,7 +215,7 @@ def decoder_layer(
     valid: Bool[Array, "B T"],
 ) -> Float[Array, "B T H"]:
     """Step: one layer without a cache. The mask follows the sequence, never the positions."""
-    layer = _module(layer)
+    layer = module_of(layer)
     queries, keys, values = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
     last_key = jnp.arange(x.shape[1], dtype=jnp.int32)
     return layer.finish(x, attention(queries, keys, values, last_key, valid))
@@ -229,7 +232,7 @@ def cached_layer(
     valid: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B T H"], LayerCache]:
     """Step: one layer over T new tokens; keys and values go to the slots from `start` on."""
-    layer = _module(layer)
+    layer = module_of(layer)
     queries, keys, values = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
     cache = write(cache, keys, values, start)
     last_key = start + jnp.arange(x.shape[1], dtype=jnp.int32)

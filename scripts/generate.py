@@ -10,12 +10,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_jax import console
-from qwen3vl_jax.errors import Qwen3VLError, UsageError
+from qwen3vl_jax.answer_options import add_question, add_settings, check_options
+from qwen3vl_jax.errors import Qwen3VLError
 from qwen3vl_jax.interrupts import Guard, Meaning
 from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
     from qwen3vl_jax.chat import Chat, Turn
     from qwen3vl_jax.generation_settings import GenerationSettings
+    from qwen3vl_jax.planned.saved import SavedPlans
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "checkpoint"
 # One more than a picture may have: the reader of pictures then says that it is too large.
@@ -64,139 +67,87 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a checkpoint directory (default: the small one that is shipped)",
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
-    _add_question(parser)
-    _add_settings(parser)
+    add_question(parser)
+    add_settings(parser)
     add_budget_options(parser)
     add("--interactive", action="store_true", help=f"chat: {COMMANDS}; Ctrl-C stops an answer")
+    add("--max-context", type=int, metavar="N", help="room for so many tokens, and no more")
+    add("--plan", type=Path, metavar="JSON", help="carry out what --save-plan has written")
+    add("--learn", action="store_true", help="add what is measured to the machine's calibration")
+    add("--adapt", action="store_true", help="give memory back while others need it")
     add("--dry-run", action="store_true", help="say what it would take; open no weight")
     add("--json", action="store_true", help="write one JSON object to stdout, not the text")
     add("-q", "--quiet", action="store_true", help="no statistics and no progress on stderr")
     options = parser.parse_args(argv)
-    _check(options)
+    check_options(options)
     return options
-
-
-def _add_question(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the question")
-    add = group.add_argument
-    # Both go to one list, so that pictures and videos keep their order.
-    for kind, text in (("image", "a picture: a file, a data URL or -"), ("video", "a video file")):
-        add(
-            f"--{kind}",
-            dest="media",
-            action="append",
-            type=_of_kind(kind),
-            metavar="PATH",
-            help=f"{text}; may be repeated",
-        )
-    frames = group.add_mutually_exclusive_group()
-    frames.add_argument("--fps", type=_above_zero(float), metavar="N", help="frames per second")
-    frames.add_argument("--num-frames", type=_above_zero(int), metavar="N", help="frames in all")
-    add("--min-pixels", type=_above_zero(int), metavar="N", help="enlarge what has fewer")
-    add("--max-pixels", type=_above_zero(int), metavar="N", help="shrink what has more")
-    text_group = group.add_mutually_exclusive_group()
-    text_group.add_argument("-p", "--prompt", metavar="TEXT", help="the text; - reads stdin")
-    text_group.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the text")
-    add("--system-prompt", "--system", metavar="TEXT", help="an instruction before everything")
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "the answer", "What is not given is as the checkpoint's generation_config.json says."
-    )
-    add = group.add_argument
-    add("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help="its length at most")
-    heat = group.add_mutually_exclusive_group()
-    heat.add_argument("--temperature", "--temp", type=float, metavar="T", help="0 is greedy")
-    heat.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0: from all")
-    add("--top-p", type=float, metavar="P", help="draw from the likeliest that hold this chance")
-    add("--min-p", type=float, metavar="P", help="drop what has less than P x the best chance")
-    add("--repetition-penalty", type=float, metavar="R", help="over 1: against repeating")
-    add("--presence-penalty", type=float, metavar="P", help="over 0: against repeating itself")
-    add("--seed", type=int, metavar="S", help="makes sampling repeatable")
-    add("--draft", choices=("prompt-lookup",), help="guess from what was said, verify at once")
-    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-
-
-def _of_kind(kind: str) -> Callable[[str], tuple[str, str]]:
-    return lambda path: (kind, path)
-
-
-def _above_zero(number: type[int] | type[float]) -> Callable[[str], int | float]:
-    def parse(text: str) -> int | float:
-        value = number(text)
-        if not 0 < value < 1 << 40:
-            raise argparse.ArgumentTypeError(f"{text} is not a number over 0")
-        return value
-
-    return parse
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raises UsageError for options that do not go together."""
-    options.media = options.media or []
-    kinds = {kind for kind, _ in options.media}
-    stdin_uses = [path for _, path in options.media if path == "-"].count("-")
-    stdin_uses += options.prompt == "-"
-    sized = options.min_pixels is not None or options.max_pixels is not None
-    timed = options.fps is not None or options.num_frames is not None
-    greedy = options.greedy or options.temperature == 0
-    filters = (options.top_k, options.top_p, options.min_p)
-    rules = (
-        (stdin_uses > 1, "stdin can be read once; use - for one thing only"),
-        (("video", "-") in options.media, "a video cannot come from stdin; name a file"),
-        (options.interactive and stdin_uses, "--interactive reads from stdin; name a file, not -"),
-        (options.interactive and options.json, "--json is for one answer; drop --interactive"),
-        (timed and "video" not in kinds, "--fps and --num-frames are for videos; give --video"),
-        (
-            sized and not kinds and not options.interactive,
-            "--min-pixels and --max-pixels are for pictures; give --image or --video",
-        ),
-        (
-            greedy and filters != (None, None, None),
-            "greedy draws nothing, so --top-k, --top-p and --min-p mean nothing; drop them",
-        ),
-        (
-            options.interactive and (options.dry_run or options.report is not None),
-            "--dry-run and --report are for one answer; drop --interactive",
-        ),
-        (
-            not options.interactive and options.prompt is None and options.prompt_file is None,
-            "nothing is asked; give --prompt TEXT, --prompt-file FILE or --interactive",
-        ),
-    )
-    for broken, message in rules:
-        if broken:
-            raise UsageError(message)
 
 
 # ---- one answer ----
 
 
 def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
+    saved = _checked_files(options)
     parts = _question(options)
     settings, chat = _prepared(options)
     turn = chat.prepare(parts)
     if options.dry_run:
         return _print_forecast(options, turn, settings)
     loaded = _load(options)
-    for piece in chat.ask(loaded.model, turn):
-        if not options.json:
-            print(piece, end="", flush=True)
+    if saved is not None:
+        from qwen3vl_jax.planned.saving import adopt
+
+        adopt(loaded.model, saved, turn.inputs, settings.max_new_tokens)
+    with _adapting(options, loaded.model):
+        for piece in chat.ask(loaded.model, turn):
+            if not options.json:
+                print(piece, end="", flush=True)
     if not options.json:
         print(flush=True)
     if not options.quiet:
         _print_statistics(chat, settings, loaded)
     if options.json:
         print(json.dumps(_report(chat, settings, loaded)), flush=True)
+    if options.learn:
+        from qwen3vl_jax.planned.learning import learn
+
+        console.say(learn(loaded.model, options.machine).text())
     if options.report is not None:
         from qwen3vl_jax.planned.dry_run import write_report
 
-        plan = loaded.model.plan
-        write_report(options.report, plan.to_dict(), plan.report())
+        write_report(options.report, loaded.model.plan)
     loaded.model.close()
     return 0
+
+
+def _adapting(options: argparse.Namespace, model: "Qwen3VL") -> AbstractContextManager[object]:
+    """Lets a model adapt to memory pressure, if that is asked for."""
+    if not options.adapt:
+        return contextlib.nullcontext()
+    from qwen3vl_jax.planned.adapt import adapting
+
+    return adapting(model, say=None if options.quiet else console.say)
+
+
+def _checked_files(options: argparse.Namespace) -> "SavedPlans | None":
+    """Reads --plan, and sees that --report and --save-plan can be written, before anything else."""
+    if options.report is not None:
+        from qwen3vl_jax.planned.dry_run import check_report
+
+        check_report(options.report)
+    if options.learn:
+        from qwen3vl_jax.planned.learning import check_learning
+
+        check_learning(options.machine)
+    if options.save_plan is not None:
+        from memsched.whole_file import check_target
+
+        check_target(options.save_plan)
+    if options.plan is None:
+        return None
+    from qwen3vl_jax.planned.saved import read_plans
+
+    return read_plans(options.plan)
 
 
 def _print_forecast(
@@ -206,7 +157,9 @@ def _print_forecast(
 
     budgets = budget_arguments(options)
     found = dry_run_of(options.model, options.dtype, turn.inputs, settings.max_new_tokens, budgets)
-    return print_dry_run(found, report=options.report, as_json=options.json)
+    return print_dry_run(
+        found, report=options.report, save_plan=options.save_plan, as_json=options.json
+    )
 
 
 def _question(options: argparse.Namespace) -> list[Part]:
@@ -264,14 +217,24 @@ def _prepared(options: argparse.Namespace) -> tuple["GenerationSettings", "Chat"
     return settings, Chat(processor, settings, system=options.system_prompt)
 
 
-def _load(options: argparse.Namespace) -> Loaded:
+def _opened(options: argparse.Namespace) -> "Qwen3VL":
+    """A model; one with plans, whatever is free, where they are given or to be reported."""
+    budgets = budget_arguments(options) | {"max_context": options.max_context}
+    wanted = options.plan is not None or options.report is not None
+    if wanted or options.adapt or options.learn:
+        from qwen3vl_jax.planned.loading import Budgets, load
+
+        return load(options.model, dtype=options.dtype, budgets=Budgets(**budgets))
     from qwen3vl_jax import Qwen3VL
 
+    return Qwen3VL.from_pretrained(options.model, dtype=options.dtype, **budgets)
+
+
+def _load(options: argparse.Namespace) -> Loaded:
     if not options.quiet:
         console.say(f"loading {options.model}")
     started, read_before = time.perf_counter(), console.read_bytes()
-    budgets = budget_arguments(options)
-    model = Qwen3VL.from_pretrained(options.model, dtype=options.dtype, **budgets)
+    model = _opened(options)
     model.wait()
     read = console.read_bytes()
     return Loaded(
@@ -324,7 +287,7 @@ def _report(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> dic
             "process": console.peak_process_bytes(),
             **planned.get("peak_bytes", {}),
         },
-        "read_bytes": loaded.read_bytes,
+        "read_bytes": planned.get("read_bytes", loaded.read_bytes),
     }
 
 
@@ -336,6 +299,19 @@ def _converse(options: argparse.Namespace, guard: Guard) -> int:
     settings, chat = _prepared(options)
     waiting = _question(options)
     loaded = _load(options)
+    with _adapting(options, loaded.model):
+        _talk(options, guard, settings, chat, loaded, waiting)
+    return 0
+
+
+def _talk(
+    options: argparse.Namespace,
+    guard: Guard,
+    settings: "GenerationSettings",
+    chat: "Chat",
+    loaded: Loaded,
+    waiting: list[Part],
+) -> None:
     if options.prompt is not None or options.prompt_file is not None:
         _answer_aloud(chat, loaded, waiting, guard)
         waiting = []
@@ -357,7 +333,6 @@ def _converse(options: argparse.Namespace, guard: Guard) -> int:
             case _:
                 _answer_aloud(chat, loaded, [*waiting, {"type": "text", "text": line}], guard)
                 waiting = []
-    return 0
 
 
 def _answer_aloud(chat: "Chat", loaded: Loaded, parts: list[Part], guard: Guard) -> None:

@@ -2,19 +2,25 @@
 
 python scripts/plan.py configs/models/qwen3-vl-2b-instruct.json --device-memory 1.5GB
 python scripts/plan.py DIR --machine configs/machines/desktop-24gb.toml --images 448x448
+python scripts/plan.py DIR --machine configs/machines/i5-10210u-sm61-nvme.toml --aot
+python scripts/plan.py DIR --sweep device-memory=1GB..24GB --report sweep.html
+python scripts/plan.py --compare before.json after.json
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3vl_jax import console
+from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
 
 if TYPE_CHECKING:
-    pass
+    from memsched.aot import Compiler
+    from qwen3vl_jax.planned.request import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = console.described(__doc__)
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="a checkpoint directory or a config.json")
+    add(
+        "model",
+        type=Path,
+        nargs="?",
+        metavar="MODEL",
+        help="a checkpoint directory or a config.json",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     group = parser.add_argument_group("the request")
     add = group.add_argument
@@ -42,9 +54,66 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=_positive, default=1, metavar="B", help="so many such requests at once")
     add("--max-context", type=_positive, metavar="N", help="room for so many tokens of each")
     add_budget_options(parser)
+    parser.add_argument(
+        "--aot",
+        action="store_true",
+        help="let XLA compile every step for the GPU of --machine, which need not be here, and say "
+        "what workspace it takes (needs the extra aot)",
+    )
+    group = parser.add_argument_group("many plans")
+    add = group.add_argument
+    add(
+        "--sweep",
+        metavar="AXIS=LOW..HIGH",
+        help="device-memory, host-memory, disk-rate, batch or context; --report takes .png, too",
+    )
+    add("--points", type=_positive, default=9, metavar="N", help="values of a sweep (9)")
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="what differs between two files of --report or --save-plan",
+    )
     add = parser.add_argument
     add("--json", action="store_true", help="write one JSON object to stdout, not the text")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    compared = options.compare is not None
+    rules = (
+        (
+            options.model is None and not compared,
+            "MODEL is missing; name a directory or a config.json",
+        ),
+        (
+            compared
+            and (options.model, options.sweep, options.report, options.save_plan)
+            != (None, None, None, None),
+            "--compare reads two files and nothing else; drop MODEL, --sweep and files to write",
+        ),
+        (
+            options.aot and options.machine is None,
+            "--aot compiles for the GPU of a file; add --machine, or leave --aot out",
+        ),
+        (
+            options.aot
+            and (options.compare, options.sweep, options.save_plan) != (None, None, None),
+            "--aot is for one plan, of a GPU that is not here; drop --compare, --sweep and "
+            "--save-plan",
+        ),
+        (
+            options.sweep is not None and options.save_plan is not None,
+            "--save-plan writes one plan; drop --sweep",
+        ),
+    )
+    for broken, message in rules:
+        if broken:
+            raise UsageError(message)
 
 
 def _positive(text: str) -> int:
@@ -62,22 +131,93 @@ def _picture(text: str) -> tuple[int, int]:
 
 def plan(options: argparse.Namespace) -> int:
     """Plans what the options ask for, and prints it."""
+    if options.compare is not None:
+        return _compare(options)
+    if options.sweep is not None:
+        return _sweep(options)
+    from memsched.whole_file import check_target
     from qwen3vl_jax.config import load_config
     from qwen3vl_jax.planned.dry_run import check_report, dry_run, print_dry_run
     from qwen3vl_jax.planned.loading import Budgets
-    from qwen3vl_jax.planned.request import Request
 
     check_report(options.report)
-    request = Request(
+    if options.save_plan is not None:
+        check_target(options.save_plan)
+    compiler = _compiler(options.machine) if options.aot else None
+    budgets, request = Budgets(**budget_arguments(options)), _request(options)
+    config = load_config(options.model)
+    found = dry_run(config, request, budgets, dtype=options.dtype, compiler=compiler)
+    return print_dry_run(
+        found, report=options.report, save_plan=options.save_plan, as_json=options.json
+    )
+
+
+def _compiler(machine: Path) -> "Compiler":
+    """For the GPU that a file describes; on a terminal it says what it compiles."""
+    import jax
+
+    # For all but compiling; with a GPU's platform JAX would ask for a driver.
+    jax.config.update("jax_platforms", "cpu")
+    from memsched.aot import Compiler, absent_device
+    from memsched.profiles import load_machine
+
+    def say(kernel: str) -> None:
+        if sys.stderr.isatty():
+            console.say(f"compiling {kernel}")
+
+    return Compiler(absent_device(load_machine(machine)), say)
+
+
+def _request(options: argparse.Namespace) -> "Request":
+    from qwen3vl_jax.planned.request import Request
+
+    return Request(
         options.prompt_tokens,
         options.new_tokens,
         tuple(options.images),
         options.batch,
         options.max_context,
     )
-    budgets = Budgets(**budget_arguments(options))
-    found = dry_run(load_config(options.model), request, budgets, dtype=options.dtype)
-    return print_dry_run(found, report=options.report, as_json=options.json)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from memsched.report.difference import difference, rows_dict, view
+    from memsched.report.rendering import show
+    from qwen3vl_jax.planned.saved import read_report
+
+    found = difference(*(read_report(path) for path in options.compare))
+    if options.json:
+        print(json.dumps(rows_dict(found)), flush=True)
+    else:
+        show(view(found))
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from memsched.report.rendering import show
+    from qwen3vl_jax.config import load_config
+    from qwen3vl_jax.parameters import named_dtype
+    from qwen3vl_jax.planned import sweep_report
+    from qwen3vl_jax.planned.dry_run import check_report, planned_machine
+    from qwen3vl_jax.planned.loading import Budgets
+    from qwen3vl_jax.planned.sweep import parse_sweep, run_sweep
+
+    sweep = parse_sweep(options.sweep, options.points)
+    check_report(options.report, sweep_report.FORMATS)
+    if options.report is not None and options.report.suffix == ".png":
+        sweep_report.check_png()
+    config = load_config(options.model)
+    dtype = named_dtype(options.dtype or config.dtype)
+    machine = planned_machine(Budgets(**budget_arguments(options)))
+    points = run_sweep(sweep, config, _request(options), machine, dtype, console.say)
+    title = f"{config.model_type}, {dtype.name}, on {machine.name}: {sweep.axis}"
+    if options.report is not None:
+        sweep_report.write_sweep(options.report, title, sweep, points)
+    if options.json:
+        print(json.dumps(sweep_report.sweep_dict(title, sweep, points)), flush=True)
+    else:
+        show(sweep_report.sweep_view(title, sweep, points))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Switches that hold for every test, and the tiny checkpoints that many tests share."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ import tiny
 
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
+
+# What somebody has calibrated on this machine is not what is tested.
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
 
 # A silent change of dtype or rank is how ports go wrong.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -17,12 +17,29 @@ from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.planned import loading, runner
 from qwen3vl_jax.planned.loading import Budgets
+from qwen3vl_jax.planned.sealed import Sealed
 
 ROOM_BYTES = 1 << 30
 LARGEST_ARRAY_BYTES = 1 << 40
 # Rates at which a tiny model's weights take about as long to arrive as to be read.
 DISK = {"bytes_per_s": 1e9, "latency_s": 1e-4, "block_bytes": 4 << 20, "queue_depth": 4}
 COMPUTE = Compute(1e11, 2e10, 5e-6)
+_ROPE = {"mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"}
+# A checkpoint of 67 MB in bfloat16, for `checkpoint_factory`.
+SETTINGS: dict[str, Any] = {
+    "text": {
+        "head_dim": 64,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 8,
+        "num_key_value_heads": 4,
+        "rope_parameters": _ROPE | {"rope_theta": 5000000},
+        "vocab_size": 8192,
+    },
+    "vision": {"out_hidden_size": 512},
+}
 
 
 class Silent:
@@ -77,11 +94,13 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
             networks[key] = make_network(config, dtype=dtype, vocab_rows=vocab_rows)
         return networks[key]
 
-    def trace(phase: Any, network: Any, arrays: Any) -> Any:
-        shapes = str([(leaf.shape, leaf.dtype) for leaf in runner.jax.tree.leaves(arrays)])
-        key = id(network), phase.name, shapes, runner.jax.tree.structure(arrays)
+    def trace(phase: Any, network: Any, arrays: Any, known: Any = None) -> Any:
+        leaves = runner.jax.tree.leaves(arrays)
+        shapes = str([(type(leaf) is Sealed, leaf.shape, leaf.dtype) for leaf in leaves])
+        # The function's text tells into which steps it cuts layers.
+        key = id(network), str(phase.function), shapes, runner.jax.tree.structure(arrays)
         if key not in traces:
-            traces[key] = make_trace(phase, network, arrays)
+            traces[key] = make_trace(phase, network, arrays, known)
         return traces[key]
 
     patch.setattr(loading, "shape_network", network)

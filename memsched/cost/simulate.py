@@ -2,34 +2,24 @@
 
 Actions are issued in order. Each link and the compute unit is a lane that works its actions off one
 after another; an action starts when its lane is idle and its arrays have arrived. Only a Free makes
-the issue wait, until the last action that uses the array has finished.
+the issue wait, until the last action that uses the array has finished. A cost model that knows how
+steps and copies slow each other down is taken at its word (`sharing`).
 """
 
 import dataclasses
 from collections.abc import Sequence
 
+from memsched.cost.contention import READS_AT_ONCE, Contending
 from memsched.cost.roofline import CostModel
+from memsched.cost.sharing import COMPUTE_LANE, FREE, Task, share
 from memsched.cost.span import Span
-from memsched.machine import DEVICE, Machine
-from memsched.plan import Copy, Free, Plan, Run
+from memsched.machine import DEVICE, NVME, Machine
+from memsched.plan import Action, Copy, Free, Plan, Run
 from memsched.program import Program
 
 COMPUTE = "compute"
 # A repeated plan settles in its second round: the third is compared with the second.
 STEADY_ROUNDS = 3
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Task:
-    """An action, read once. Lanes and places (an array in a tier) are numbers; a Free has lane -1.
-
-    `takes` are the places that must be ready, `gives` those that become ready at its end.
-    """
-
-    lane: int
-    seconds: float
-    takes: tuple[int, ...]
-    gives: tuple[int, ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,11 +46,8 @@ def simulate_rounds(
     plan: Plan, program: Program, machine: Machine, cost: CostModel, rounds: int
 ) -> tuple[tuple[Span, ...], ...]:
     """The spans of a plan that follows itself `rounds` times. Times count from the first start."""
-    clock, tasks = _read(plan, program, machine, cost)
-    return tuple(
-        tuple(Span(index, *times) for index, times in enumerate(_advance(clock, tasks)))
-        for _ in range(rounds)
-    )
+    found = _rounds(_read(plan, program, machine, cost), rounds)
+    return tuple(tuple(Span(index, *times) for index, times in enumerate(one)) for one in found)
 
 
 def plan_seconds(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> float:
@@ -68,12 +55,15 @@ def plan_seconds(plan: Plan, program: Program, machine: Machine, cost: CostModel
 
     A round ends with its last step. What it fetches for the next one may still be under way.
     """
-    clock, tasks = _read(plan, program, machine, cost)
+    tasks = _read(plan, program, machine, cost)
     runs = [index for index, action in enumerate(plan.actions) if isinstance(action, Run)]
     if not runs or not is_steady(plan, program):
-        return max((end for _, end in _advance(clock, tasks)), default=0.0)
-    ends = [_advance(clock, tasks)[runs[-1]][1] for _ in range(STEADY_ROUNDS)]
-    return ends[-1] - ends[-2]
+        (times,) = _rounds(tasks, 1)
+        return max((end for _, end in times), default=0.0)
+    # What the round after fetches slows the last steps of a round down.
+    more = 1 if _contending(tasks) else 0
+    ends = [times[runs[-1]][1] for times in _rounds(tasks, STEADY_ROUNDS + more)]
+    return ends[STEADY_ROUNDS - 1] - ends[STEADY_ROUNDS - 2]
 
 
 def is_steady(plan: Plan, program: Program) -> bool:
@@ -87,13 +77,28 @@ def is_steady(plan: Plan, program: Program) -> bool:
     return before == after
 
 
-def _advance(clock: _Clock, tasks: Sequence[_Task]) -> list[tuple[float, float]]:
+def _rounds(tasks: Sequence[Task], rounds: int) -> list[list[tuple[float, float]]]:
+    """Start and end of every task, for tasks that follow themselves so many times."""
+    if _contending(tasks):
+        times = share([*tasks] * rounds)
+        return [times[first : first + len(tasks)] for first in range(0, len(times), len(tasks))]
+    lanes = 1 + max((task.lane for task in tasks), default=0)
+    places = 1 + max((place for task in tasks for place in task.takes + task.gives), default=0)
+    clock = _Clock(0.0, [0.0] * lanes, [0.0] * places, [0.0] * places)
+    return [_advance(clock, tasks) for _ in range(rounds)]
+
+
+def _contending(tasks: Sequence[Task]) -> bool:
+    return any(task.slowdown != 1.0 for task in tasks)
+
+
+def _advance(clock: _Clock, tasks: Sequence[Task]) -> list[tuple[float, float]]:
     """Start and end of every action, from where the clock stands."""
     ready, used, lanes = clock.ready, clock.used, clock.lanes
     issue = clock.issue
     times = []
     for task in tasks:
-        if task.lane < 0:
+        if task.lane == FREE:
             place = task.takes[0]
             issue = max(issue, used[place])
             ready[place] = used[place] = 0.0
@@ -118,21 +123,21 @@ def _advance(clock: _Clock, tasks: Sequence[_Task]) -> list[tuple[float, float]]
     return times
 
 
-def _read(
-    plan: Plan, program: Program, machine: Machine, cost: CostModel
-) -> tuple[_Clock, tuple[_Task, ...]]:
-    """The tasks of a plan, and a clock at 0."""
+def _read(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> tuple[Task, ...]:
+    """The actions of a plan, read once."""
     places: dict[tuple[str, str], int] = {}
-    lanes: dict[str, int] = {}
+    lanes = {COMPUTE: COMPUTE_LANE}
+    contending = cost if isinstance(cost, Contending) else None
     tasks = []
 
     def place(array: str, tier: str) -> int:
         return places.setdefault((array, tier), len(places))
 
     for action in plan.actions:
+        blocks, depth = _served(action, program, machine)
         match action:
             case Free(array=array, tier=tier):
-                tasks.append(_Task(-1, 0.0, (place(array, tier),), ()))
+                tasks.append(Task(FREE, 0.0, (place(array, tier),), ()))
                 continue
             case Copy(array=array, source=source, target=target):
                 takes: tuple[int, ...] = (place(array, source),)
@@ -142,6 +147,18 @@ def _read(
                 takes = tuple(place(array, DEVICE) for array in step.inputs)
                 gives = tuple(place(array, DEVICE) for array in step.results)
         lane = lanes.setdefault(lane_of(action), len(lanes))
-        tasks.append(_Task(lane, cost.seconds(action, program, machine), takes, gives))
-    clock = _Clock(0.0, [0.0] * len(lanes), [0.0] * len(places), [0.0] * len(places))
-    return clock, tuple(tasks)
+        seconds = cost.seconds(action, program, machine)
+        slowdown = contending.slowdown(action, program, machine) if contending else 1.0
+        tasks.append(Task(lane, seconds, takes, gives, slowdown, blocks, depth))
+    return tuple(tasks)
+
+
+def _served(action: Action, program: Program, machine: Machine) -> tuple[int, int]:
+    """In how many blocks an action is served, and how many of them at a time."""
+    if not isinstance(action, Copy) or action.source != NVME:
+        return 1, 1
+    link = machine.link(action.source, action.target)
+    if link is None:
+        return 1, 1
+    blocks = -(-program.arrays[action.array].nbytes // link.block_bytes)
+    return max(1, blocks), min(link.queue_depth, READS_AT_ONCE)

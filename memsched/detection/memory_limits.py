@@ -60,6 +60,12 @@ def own_groups(root: Path = ROOT) -> Iterator[Path]:
         yield from itertools.islice(_groups(root, version), 1)
 
 
+def all_groups(root: Path = ROOT) -> Iterator[Path]:
+    """The directories of the process's control groups and of all above them, of both versions."""
+    for version in _VERSIONS:
+        yield from _groups(root, version)
+
+
 def _free(root: Path) -> Room:
     """What the machine can give without swapping."""
     available = _fields(root / "proc/meminfo").get("MemAvailable")

@@ -1,17 +1,15 @@
 """Items from a CSV file, and back with their offsets. Nothing in the file is trusted."""
 
-import contextlib
 import csv
 import io
-import os
 import re
 import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from memsched.errors import DamagedError, StoreError
 from memsched.packing.items import Item
+from memsched.whole_file import appearing
 
 NEEDED = ("id", "lower", "upper", "size")
 OPTIONAL = ("alignment",)
@@ -62,23 +60,12 @@ def write_items(path: Path, items: Sequence[Item], offsets: Sequence[int]) -> No
         StoreError: it cannot be written.
     """
     optional = OPTIONAL if any(item.alignment != 1 for item in items) else ()
-    with _appearing(path) as file:
+    with appearing(path) as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow((*NEEDED, *optional, "offset"))
         for item, offset in zip(items, offsets, strict=True):
             row = [item.id, item.lower, item.upper, item.size, item.alignment]
             table.writerow((*row[: len(NEEDED) + len(optional)], offset))
-
-
-def check_target(path: Path) -> None:
-    """Raises StoreError if nothing could be written there: known before the work is done."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise StoreError(f"{path} is not a regular file; name another for --out")
-    if not target.parent.is_dir():
-        raise StoreError(f"there is no directory {target.parent}; make it, or name another --out")
-    if not os.access(target.parent, os.W_OK):
-        raise StoreError(f"directory {target.parent} cannot be written; name another --out")
 
 
 def _text(path: Path) -> str:
@@ -143,42 +130,3 @@ def _number(where: str, column: str, text: str) -> int:
 def _short(text: str) -> str:
     """For a message of one line."""
     return ascii(text if len(text) <= 40 else text[:37] + "...")
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[io.TextIOWrapper]:
-    """A file that takes the place of `path` when the block ends well."""
-    check_target(path)
-    target = Path(os.path.realpath(path))
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8", newline="") as file:
-                yield file
-                file.flush()
-                os.fchmod(handle, _mode(target))
-                os.fsync(handle)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        _sync_directory(target.parent)
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}; nothing was written") from error
-
-
-def _mode(target: Path) -> int:
-    """Permissions as the file had, or as a new one gets."""
-    if target.exists():
-        return stat.S_IMODE(target.stat().st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,5 +1,6 @@
 """A program and a machine make a plan."""
 
+import functools
 from collections.abc import Mapping
 
 from memsched.cost import CostModel, Remembered, Roofline
@@ -8,8 +9,9 @@ from memsched.machine import Machine
 from memsched.passes.budgets import fastest
 from memsched.passes.caching import better_cached
 from memsched.passes.grouping import group_weights
-from memsched.passes.needs import read_needs
+from memsched.passes.needs import Needs, read_needs
 from memsched.passes.phases import plan_phases
+from memsched.passes.remat import rematerialised
 from memsched.plan import Plan
 from memsched.program import Program
 
@@ -43,7 +45,7 @@ def compile_plan(
     grouped = group_weights({"": program}, machine)
     coarse_cost = Remembered(grouped.cost(cost or Roofline()))
     needs = read_needs(grouped.programs[""], machine, coarse_cost)
-    plan = better_cached(needs, fastest(needs, repeat=repeat), repeat=repeat)
+    plan = rematerialised(needs, functools.partial(_once_each, repeat=repeat))
     return grouped.expanded(plan, program)
 
 
@@ -77,6 +79,11 @@ def compile_phases(
     }
     plans = plan_phases(needs)
     return {key: grouped.expanded(plan, programs[key]) for key, plan in plans.items()}
+
+
+def _once_each(needs: Needs, *, repeat: bool) -> Plan:
+    """The fastest plan that runs each step once."""
+    return better_cached(needs, fastest(needs, repeat=repeat), repeat=repeat)
 
 
 def _check_level(level: str) -> None:

@@ -16,6 +16,9 @@ from memsched.program import ArraySpec, Program
 MOST_ALONE = 64
 # They become so many groups: as many decisions as a dense layer offers.
 GROUPS = 16
+# Where more weights than these are read, fewer are put together, too: into groups of such a share
+# of all, so that there are about so many decisions.
+MANY, FEW_ALONE, MANY_GROUPS, MANY_TIER_SHARE = 4096, 4, 1536, 4
 # A group takes at most this share of a tier.
 TIER_SHARE = 16
 
@@ -101,9 +104,11 @@ def group_weights(programs: Mapping[str, Program], machine: Machine) -> Grouped:
     unit = max(tier.alignment_bytes for tier in machine.tiers)
     sizes = {name: rounded(spec.nbytes, unit) for name, spec in weights.items()}
     members: dict[str, tuple[str, ...]] = {}
+    many = len(readers) > MANY
+    least = sum(sizes[name] for name in readers) // MANY_GROUPS if many else 0
     for together in alike.values():
-        if len(together) > MOST_ALONE:
-            members |= _cut(together, sizes, machine)
+        if len(together) > (FEW_ALONE if many else MOST_ALONE):
+            members |= _cut(together, sizes, machine, least)
     shares = {}
     for names in members.values():
         place = 0
@@ -115,14 +120,15 @@ def group_weights(programs: Mapping[str, Program], machine: Machine) -> Grouped:
 
 
 def _cut(
-    names: Iterable[str], sizes: Mapping[str, int], machine: Machine
+    names: Iterable[str], sizes: Mapping[str, int], machine: Machine, least: int
 ) -> dict[str, tuple[str, ...]]:
     """Neighbours in groups of about equal bytes."""
     order = list(names)
-    most = sum(sizes[name] for name in order) // GROUPS
+    most = max(least, sum(sizes[name] for name in order) // GROUPS)
+    share = MANY_TIER_SHARE if least else TIER_SHARE
     for tier in machine.tiers:
         if tier.name != NVME:
-            most = min(most, tier.max_array_bytes, tier.capacity_bytes // TIER_SHARE)
+            most = min(most, tier.max_array_bytes, tier.capacity_bytes // share)
     groups: list[list[str]] = []
     room = 0
     for name in order:

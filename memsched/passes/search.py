@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from memsched.cost import plan_seconds
 from memsched.passes.lower.assemble import assemble
@@ -17,7 +17,7 @@ from memsched.plan import Plan
 # A ring is tried in these multiples of the largest weight that passes through it.
 MULTIPLES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
 HOST_MULTIPLES = (2.0, 4.0, 8.0, 16.0)
-MOST_SIZES = 5
+MOST_SIZES = 6
 # Or in these multiples of what a step streams on average, and room for one weight more.
 LOADS = (1.1, 1.25, 1.5, 2.0, 3.0, 1.0)
 # Trying stops when this many actions have been simulated, or arrays placed: some seconds each.
@@ -141,7 +141,7 @@ def ring_sizes(needs: Needs, device_bytes: int) -> tuple[tuple[int, int], ...]:
     A ring must hold what a step streams: some weights, or about the share that does not fit of a
     step with many. Both are tried with some room to fetch ahead.
     """
-    sizes = _sizes(needs.device_bytes[name] for name in needs.weights)
+    sizes = _sizes([needs.device_bytes[name] for name in needs.weights], device_bytes)
     if not sizes:
         return ()
     share = max(0.0, 1 - device_bytes / max(1, needs.weights_bytes))
@@ -187,10 +187,16 @@ def _largest_load(needs: Needs, kept: frozenset[str]) -> int:
     )
 
 
-def _sizes(nbytes: Iterable[int]) -> tuple[int, ...]:
-    """Some of the distinct sizes, the largest always among them."""
+def _sizes(nbytes: Sequence[int], kept_bytes: int) -> tuple[int, ...]:
+    """Some of the distinct sizes up to which weights may pass, the largest always among them.
+
+    Without the larger ones there must be enough to pass.
+    """
+    excess = sum(nbytes) - kept_bytes
     distinct = sorted(set(nbytes), reverse=True)
-    if len(distinct) <= MOST_SIZES:
-        return tuple(distinct)
-    stride = (len(distinct) - 1) / (MOST_SIZES - 1)
-    return tuple(distinct[round(index * stride)] for index in range(MOST_SIZES))
+    enough = [size for size in distinct if sum(one for one in nbytes if one <= size) > excess]
+    found = enough or distinct
+    if len(found) <= MOST_SIZES:
+        return tuple(found)
+    stride = (len(found) - 1) / (MOST_SIZES - 1)
+    return tuple(found[round(index * stride)] for index in range(MOST_SIZES))

@@ -7,9 +7,10 @@ a link in every pass. Whatever is kept counts as kept in the best way that there
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from memsched.bound import Masses, least_busy_s, read_masses, solve
 from memsched.cost import CostModel, is_steady
-from memsched.machine import DEVICE, HOST, NVME, Machine, rounded
-from memsched.plan import Plan, Residence, Run
+from memsched.machine import DEVICE, HOST, NVME, Machine
+from memsched.plan import Copy, Plan, Residence, Run
 from memsched.program import Program
 
 COMPUTE = "compute"
@@ -18,9 +19,13 @@ PRICED_BYTES = 10**9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bound:
-    """Each lane is busy for at least so many seconds; the slowest of them bounds the pass."""
+    """Each lane is busy for at least so many seconds; the slowest of them bounds the pass.
+
+    `together_s` bounds it, too: what spares one lane need not spare another.
+    """
 
     lane_s: Mapping[str, float]
+    together_s: float = 0.0
 
     @property
     def lane(self) -> str:
@@ -30,7 +35,18 @@ class Bound:
     @property
     def seconds(self) -> float:
         """What no schedule can beat."""
-        return self.lane_s[self.lane]
+        return max(self.lane_s[self.lane], self.together_s)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prices:
+    """What the bound's constraints are worth, in the small: `memsched.bound.Solution`.
+
+    `seconds_per_gb` of each tier but the disk, for the first byte; `seconds_of_lane` of each lane.
+    """
+
+    seconds_per_gb: Mapping[str, float]
+    seconds_of_lane: Mapping[str, float]
 
 
 def lower_bound(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> Bound:
@@ -38,11 +54,14 @@ def lower_bound(plan: Plan, program: Program, machine: Machine, cost: CostModel)
 
     If it can follow itself, they may keep anything that fits; else they have its entry and exit.
     """
+    if is_steady(plan, program):
+        return _steady_bound(read_masses(program, machine, cost))
     lanes = {COMPUTE: sum(cost.seconds(Run(step.name), program, machine) for step in program.steps)}
-    for (source, target), nbytes in _crossing_bytes(plan, program, machine).items():
-        link = machine.link(source, target)
-        if link is not None:
-            lanes[f"{source}->{target}"] = nbytes / link.bytes_per_s
+    for (source, target), names in _crossing(plan, program, machine).items():
+        if machine.link(source, target) is not None:
+            copies = (Copy(name, source, target) for name in sorted(names))
+            lane = f"{source}->{target}"
+            lanes[lane] = sum(cost.seconds(copy, program, machine) for copy in copies)
     return Bound(lanes)
 
 
@@ -50,46 +69,51 @@ def prices_s_per_gb(
     plan: Plan, program: Program, machine: Machine, cost: CostModel
 ) -> dict[str, float]:
     """By how many seconds the bound falls with 1 GB more of a tier; none for the disk."""
-    now = lower_bound(plan, program, machine, cost).seconds
-    prices = {}
-    for tier in machine.tiers:
-        if tier.name != NVME:
-            more = machine.with_capacities({tier.name: tier.capacity_bytes + PRICED_BYTES})
-            prices[tier.name] = now - lower_bound(plan, program, more, cost).seconds
-    return prices
+    tiers = [tier for tier in machine.tiers if tier.name != NVME]
+    if not is_steady(plan, program):
+        return {tier.name: 0.0 for tier in tiers}
+    masses = read_masses(program, machine, cost)
+    now = solve(masses).seconds
+    return {tier.name: now - solve(_with_more(masses, tier.name)).seconds for tier in tiers}
 
 
-def _crossing_bytes(plan: Plan, program: Program, machine: Machine) -> dict[tuple[str, str], int]:
-    """Weight bytes that must cross each link on the way to the device."""
+def dual_prices(program: Program, machine: Machine, cost: CostModel) -> Prices:
+    """What a little more of each tier, or a slightly faster lane, takes off a steady plan's bound.
+
+    Where the bound has a kink, a price lies between what less would cost and what more would bring.
+    """
+    found = solve(read_masses(program, machine, cost))
+    return Prices(found.seconds_per_gb, found.seconds_of_lane)
+
+
+def _steady_bound(masses: Masses) -> Bound:
+    return Bound(least_busy_s(masses), solve(masses).seconds)
+
+
+def _with_more(masses: Masses, tier: str) -> Masses:
+    """The same with 1 GB more of a tier."""
+    if tier == DEVICE:
+        more = masses.device_capacity_bytes + PRICED_BYTES
+        return dataclasses.replace(masses, device_capacity_bytes=more)
+    more = (masses.host_capacity_bytes or 0) + PRICED_BYTES
+    return dataclasses.replace(masses, host_capacity_bytes=more)
+
+
+def _crossing(
+    plan: Plan, program: Program, machine: Machine
+) -> dict[tuple[str, str], frozenset[str]]:
+    """Weights that must cross each link on the way to the device, in a plan that runs once."""
     near = DEVICE if machine.device_is_host else HOST
     weights = set(program.of_kind("weight"))
     wanted = {name for step in program.steps for name in step.reads} & weights
-    if is_steady(plan, program):
-        missing = _bytes(wanted, program) - _room_bytes(program, machine)
-        crossing = {(NVME, near): missing - machine.tier(near).capacity_bytes * (near == HOST)}
-        if near == HOST:
-            crossing[HOST, DEVICE] = missing
-    else:
-        to_device = (wanted | _in(DEVICE, plan.exit)) & weights - _in(DEVICE, plan.entry)
-        in_memory = _in(DEVICE, plan.entry) | _in(HOST, plan.entry)
-        from_disk = (to_device | _in(HOST, plan.exit)) & weights - in_memory
-        crossing = {(NVME, near): _bytes(from_disk, program)}
-        if near == HOST:
-            crossing[HOST, DEVICE] = _bytes(to_device, program)
-    return {link: max(0, nbytes) for link, nbytes in crossing.items()}
-
-
-def _room_bytes(program: Program, machine: Machine) -> int:
-    """The most that can be kept on the device between passes: caches and features stay too."""
-    tier = machine.tier(DEVICE)
-    stays = {*program.given} & {*program.of_kind("cache", "feature")}
-    kept = sum(rounded(program.arrays[name].nbytes, tier.alignment_bytes) for name in stays)
-    return max(0, tier.capacity_bytes - kept)
+    to_device = (wanted | _in(DEVICE, plan.exit)) & weights - _in(DEVICE, plan.entry)
+    in_memory = _in(DEVICE, plan.entry) | _in(HOST, plan.entry)
+    from_disk = (to_device | _in(HOST, plan.exit)) & weights - in_memory
+    crossing = {(NVME, near): frozenset(from_disk)}
+    if near == HOST:
+        crossing[HOST, DEVICE] = frozenset(to_device)
+    return crossing
 
 
 def _in(tier: str, rests: Iterable[Residence]) -> set[str]:
     return {rest.array for rest in rests if rest.tier == tier}
-
-
-def _bytes(names: Iterable[str], program: Program) -> int:
-    return sum(program.arrays[name].nbytes for name in names)

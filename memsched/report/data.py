@@ -43,5 +43,5 @@ def _array(use: ArrayUse) -> dict[str, Any]:
         "nbytes": use.nbytes,
         "tier": use.tier,
         "codec": use.codec,
-        "why": use.role,
+        "why": use.why,
     }

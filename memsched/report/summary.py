@@ -18,9 +18,22 @@ from memsched.report.occupancy import Occupancy, occupancy
 Role = Literal["pinned", "streamed", "spilled", "resident", "passing", "unread"]
 
 
+_REASONS: Mapping[Role, str] = {
+    "pinned": "stays on the device, so that no pass moves it",
+    "streamed": "there is no room to keep it",
+    "spilled": "others need its room until it is read again",
+    "resident": "is given, and given back in its place",
+    "passing": "is freed after its last reader",
+    "unread": "no step of this phase reads it",
+}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrayUse:
-    """An array, the slowest tier that it comes from or goes to, and its part in the plan."""
+    """An array, the slowest tier that it comes from or goes to, and its part in the plan.
+
+    `moves` counts its copies to the device in one pass.
+    """
 
     name: str
     nbytes: int
@@ -28,6 +41,14 @@ class ArrayUse:
     tier: str
     codec: str
     role: Role
+    moves: int = 0
+
+    @property
+    def why(self) -> str:
+        """Its part, and the reason for it."""
+        often = "" if self.moves < 2 else f", {self.moves} times a pass"
+        moved = f"; comes from {self.tier}{often}" if self.moves else ""
+        return f"{self.role}: {_REASONS[self.role]}{moved}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,8 +83,8 @@ class Summary:
 
     @property
     def gap(self) -> float | None:
-        """How many times the bound the plan takes; None without a bound."""
-        return self.seconds / self.bound.seconds if self.bound.seconds else None
+        """How much longer than the bound the plan takes, 0.03 for 3 %; None without a bound."""
+        return max(0.0, self.seconds / self.bound.seconds - 1) if self.bound.seconds else None
 
     @property
     def link_bytes(self) -> dict[str, int]:
@@ -130,7 +151,8 @@ def _arrays(plan: Plan, program: Program) -> tuple[ArrayUse, ...]:
         else:
             role, tier = _other_role(moves, stays=name in stays)
         codec = next((move.codec for move in moves), "raw")
-        uses.append(ArrayUse(name, array.nbytes, array.kind, tier, codec, role))
+        arrivals = sum(move.target == DEVICE for move in moves)
+        uses.append(ArrayUse(name, array.nbytes, array.kind, tier, codec, role, arrivals))
     return tuple(uses)
 
 

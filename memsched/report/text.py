@@ -1,118 +1,160 @@
-"""A report to read: plain text of at most 100 columns."""
+"""A report to read, of at most 100 columns: what fits, what moves, how fast, and why."""
 
 from collections.abc import Iterable, Mapping
 
-from memsched.report.occupancy import Occupancy
+from rich.text import Text
+
+from memsched.report.occupancy import IDLE, WORKSPACE, Occupancy
+from memsched.report.rendering import Group, RenderableType, columns, line, plain
 from memsched.report.summary import ArrayUse, Role, Summary
 from memsched.sizes import LARGEST_BYTES, format_size
 
-WIDTH = 100
 # Longer lists are cut, and what is cut is counted.
 LISTED = 5
 LISTS: tuple[tuple[Role, str], ...] = (
     ("pinned", "stay on the device"),
-    ("streamed", "streamed"),
-    ("spilled", "spilled"),
+    ("streamed", "streamed from"),
+    ("spilled", "spilled to"),
     ("unread", "never read"),
 )
+REASONS: Mapping[Role, str] = {
+    "streamed": ", as there is no room to keep them",
+    "spilled": ", as others need their room meanwhile",
+}
+BAR_CELLS = 16
+# What a bar shows of a tier: a letter and a colour for each kind.
+KINDS = {
+    "weight": ("w", "white on blue"),
+    "cache": ("c", "white on magenta"),
+    "feature": ("f", "black on cyan"),
+    "embedding": ("e", "black on bright_blue"),
+    "input": ("i", "black on green"),
+    "activation": ("a", "black on yellow"),
+    WORKSPACE: ("k", "white on red"),
+    IDLE: ("-", "dim"),
+}
+FREE = "."
 
 
 def to_text(phases: Mapping[str, Summary], tokens: Mapping[str, int] | None = None) -> str:
-    """All phases, one after another.
+    """All phases, one after another, without colours.
 
     `tokens` says how many tokens a pass of a phase is for: then times and bytes are also given
     for one token.
     """
+    return plain(view(phases, tokens))
+
+
+def view(phases: Mapping[str, Summary], tokens: Mapping[str, int] | None = None) -> RenderableType:
+    """The same, for a terminal."""
     known = tokens or {}
-    blocks = [_phase(name, summary, known.get(name)) for name, summary in phases.items()]
-    return "\n\n".join("\n".join(_cut(line) for line in block) for block in blocks) + "\n"
+    blocks: list[RenderableType] = []
+    for name, summary in phases.items():
+        blocks += [line(""), *_phase(name, summary, known.get(name))]
+    return Group(*blocks[1:])
 
 
-def _phase(name: str, summary: Summary, tokens: int | None) -> list[str]:
+def _phase(name: str, summary: Summary, tokens: int | None) -> list[RenderableType]:
     again = summary.runs - summary.steps
-    lines = [
-        f"{name}: {summary.steps:,} steps, {summary.actions:,} actions"
-        + (f", {again:,} steps run again" if again else ""),
-        _time(summary, tokens),
-        *_bound(summary),
-        "",
-        *_tiers(summary.occupancy.values()),
-        "",
-        *_lanes(summary, tokens),
+    title = f"{name}: {summary.steps:,} steps, {summary.actions:,} actions"
+    lists = [row for role, start in LISTS for row in _list(role, start, summary.of_role(role))]
+    blocks = [
+        line(title + (f", {again:,} steps run again" if again else ""), "bold"),
+        *_time(summary, tokens),
+        line(""),
+        _tiers(summary.occupancy.values()),
+        line(""),
+        _lanes(summary, tokens),
     ]
-    lists = [line for role, title in LISTS for line in _list(title, summary.of_role(role))]
-    lines += ["", *lists] if lists else []
-    lines += ["", *_baselines(summary)] if summary.baselines else []
-    return lines
+    blocks += [line(""), *lists] if lists else []
+    blocks += [line(""), *ways(summary)] if summary.baselines else []
+    return blocks
 
 
-def _time(summary: Summary, tokens: int | None) -> str:
+def _time(summary: Summary, tokens: int | None) -> list[RenderableType]:
     what = "a pass" if summary.repeated else "the plan"
-    line = f"  {what} takes {seconds_text(summary.seconds)}"
+    took = f"  {what} takes {seconds_text(summary.seconds)}"
     if tokens and summary.seconds:
-        line += f", {tokens:,} tokens of it: {tokens / summary.seconds:,.3g} tokens/s"
-    return line
+        many = "1 token" if tokens == 1 else f"{tokens:,} tokens"
+        took += f", {many} of it: {tokens / summary.seconds:,.3g} tokens/s"
+    return [line(took), line("  " + bound_text(summary))]
 
 
-def _bound(summary: Summary) -> list[str]:
-    line = f"  no schedule beats {seconds_text(summary.bound.seconds)} ({summary.bound.lane})"
-    if summary.gap is not None:
-        line += f": this one takes {summary.gap:.3f} times that"
-    worth = [
-        f"  1 GB more {tier} memory saves {seconds_text(price)} of it"
-        for tier, price in summary.prices_s_per_gb.items()
-        if price > 0
-    ]
-    return [line, *worth]
+def bound_text(summary: Summary) -> str:
+    """What no schedule can beat, and how near the plan comes."""
+    text = f"no schedule beats {seconds_text(summary.bound.seconds)} ({summary.bound.lane})"
+    if summary.gap is None:
+        return text
+    return f"{text}: this one takes {summary.gap:.1%} more"
 
 
-def _tiers(found: Iterable[Occupancy]) -> list[str]:
-    lines = [f"  {'tier':<8}{'peak B':>20}{'of B':>20}  made up of"]
+def _tiers(found: Iterable[Occupancy]) -> RenderableType:
+    rows: list[tuple[str | Text, ...]] = []
     for tier in found:
-        capacity = f"{tier.capacity_bytes:,}" if tier.capacity_bytes < LARGEST_BYTES else "no limit"
+        limited = tier.capacity_bytes < LARGEST_BYTES
+        capacity = f"{tier.capacity_bytes:,}" if limited else "no limit"
         parts = sorted(tier.parts.items(), key=lambda part: (-part[1], part[0]))
-        rows = [f"{nbytes:>18,} {part}" for part, nbytes in parts] or [f"{0:>18} nothing"]
-        lines.append(f"  {tier.tier:<8}{tier.peak_bytes:>20,}{capacity:>20}  {rows[0]}")
-        lines += [" " * 52 + row for row in rows[1:]]
-    return lines
+        digits = max((len(f"{nbytes:,}") for _, nbytes in parts), default=0)
+        named = [f"{nbytes:>{digits},} {part}" for part, nbytes in parts] or ["0 nothing"]
+        rows.append((tier.tier, f"{tier.peak_bytes:,}", capacity, _bar(tier, parts), named[0]))
+        rows += [("", "", "", "", part) for part in named[1:]]
+    heads = ("<tier", ">peak B", ">of B", "<", "<made up of, B")
+    return columns(heads, rows, gap=2)
 
 
-def _lanes(summary: Summary, tokens: int | None) -> list[str]:
-    lines = [f"  {'lane':<14}{'actions':>9}{'bytes':>20}{'busy':>12}{'of the time':>13}"]
-    if tokens:
-        lines[0] += f"{'bytes per token':>20}"
+def _bar(tier: Occupancy, parts: list[tuple[str, int]]) -> Text:
+    """What fills a tier: a letter for every 16th of it, rounded so that none is cheated by one."""
+    whole = max(tier.capacity_bytes if tier.capacity_bytes < LARGEST_BYTES else 0, tier.peak_bytes)
+    bar, done_bytes = Text("|"), 0
+    for part, nbytes in parts:
+        first, done_bytes = _cell(done_bytes, whole), done_bytes + nbytes
+        letter, style = KINDS.get(part, ("?", ""))
+        bar.append(letter * (_cell(done_bytes, whole) - first), style)
+    return bar.append(FREE * (BAR_CELLS - _cell(done_bytes, whole)), "dim").append("|")
+
+
+def _cell(nbytes: int, whole_bytes: int) -> int:
+    return round(BAR_CELLS * nbytes / whole_bytes) if whole_bytes else 0
+
+
+def _lanes(summary: Summary, tokens: int | None) -> RenderableType:
+    rows = []
     for lane, use in summary.lanes.items():
+        if not use.actions:
+            continue
         share = f"{use.busy_s / summary.seconds:.0%}" if summary.seconds else "-"
-        line = f"  {lane:<14}{use.actions:>9,}{use.nbytes:>20,}{seconds_text(use.busy_s):>12}"
-        line += f"{share:>13}"
-        lines.append(line + (f"{use.nbytes / tokens:>20,.0f}" if tokens else ""))
-    return lines
+        row = (lane, f"{use.actions:,}", f"{use.nbytes:,}", seconds_text(use.busy_s), share)
+        rows.append((*row, f"{use.nbytes / tokens:,.0f}") if tokens else row)
+    heads = ("<lane", ">actions", ">bytes", ">busy", ">of the time")
+    return columns((*heads, ">bytes per token") if tokens else heads, rows)
 
 
-def _list(title: str, uses: tuple[ArrayUse, ...]) -> list[str]:
-    """One list per tier, largest arrays first."""
-    lines = []
+def _list(role: Role, start: str, uses: tuple[ArrayUse, ...]) -> list[RenderableType]:
+    """One list per tier, largest arrays first, and the reason; of what nobody reads the sum."""
+    lines: list[str] = []
     for tier in sorted({use.tier for use in uses}):
         here = [use for use in uses if use.tier == tier]
-        verb = {"streamed": "streamed from", "spilled": "spilled to"}.get(title)
-        heading = f"{verb} {tier}" if verb else title
+        heading = f"{start} {tier}" if start.endswith((" from", " to")) else start
         total = format_size(sum(use.nbytes for use in here))
-        lines.append(f"  {heading}: {len(here):,} arrays, {total}")
-        lines += [f"    {use.nbytes:>18,} B  {use.name}" for use in here[:LISTED]]
-        if rest := here[LISTED:]:
-            lines.append(f"    {sum(use.nbytes for use in rest):>18,} B  in {len(rest):,} others")
-    return lines
+        lines.append(f"  {heading}: {len(here):,} arrays, {total}" + REASONS.get(role, ""))
+        if role != "unread":
+            lines += [f"    {use.nbytes:>18,} B  {use.name}" for use in here[:LISTED]]
+        if role != "unread" and (rest := here[LISTED:]):
+            nbytes = sum(use.nbytes for use in rest)
+            lines.append(f"    {nbytes:>18,} B  in {len(rest):,} others")
+    return [line(text) for text in lines]
 
 
-def _baselines(summary: Summary) -> list[str]:
-    lines = ["  other ways, predicted:"]
+def ways(summary: Summary) -> list[RenderableType]:
+    """What plainer ways would take, beside this plan."""
+    rows = []
     for name, seconds in summary.baselines.items():
         if seconds is None:
-            lines.append(f"    {name:<34} does not fit")
+            rows.append((name, "does not fit", ""))
             continue
-        times = f", {seconds / summary.seconds:.2f} times this plan" if summary.seconds else ""
-        lines.append(f"    {name:<34} {seconds_text(seconds):>10}{times}")
-    return lines
+        times = f"{seconds / summary.seconds:.2f} times this plan" if summary.seconds else ""
+        rows.append((name, seconds_text(seconds), times))
+    return [line("  other ways, predicted:"), columns(("<", ">", "<"), rows, indent=4)]
 
 
 def seconds_text(seconds: float) -> str:
@@ -121,7 +163,3 @@ def seconds_text(seconds: float) -> str:
         if abs(seconds) >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
     return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."

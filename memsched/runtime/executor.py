@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from memsched.cost.span import Span
-from memsched.errors import PlanError, ProgramError
-from memsched.machine import DEVICE, NVME, Machine
+from memsched.errors import DoesNotFitError, PlanError, ProgramError
+from memsched.machine import DEVICE, NVME, Machine, rounded
 from memsched.plan import Plan, Residence
 from memsched.program import ArraySpec, Program
 from memsched.referee import verify
@@ -22,9 +22,10 @@ from memsched.runtime.given import Given, check_given
 from memsched.runtime.ledger import Ledger
 from memsched.runtime.loop import Loop, carry_out
 from memsched.runtime.operations import CopyOp, RunOp, Schedule
+from memsched.runtime.ranges import union
 from memsched.runtime.record import Record
-from memsched.runtime.schedule import schedule
-from memsched.runtime.tiers import Tiers
+from memsched.runtime.schedule import arena_tier, schedule
+from memsched.runtime.tiers import Sources, Tiers
 from memsched.stores.blocks import StoredArray
 from memsched.stores.device import Sharding
 from memsched.stores.heap import give_back
@@ -51,7 +52,7 @@ class Executor:
     Args:
         sources: where the bytes of each weight lie. More than a plan needs is fine.
         nvme_dir: where arrays are moved out to, if a plan does that; `nvme_space_bytes` are
-            reserved there at once.
+            reserved there at once. None: as plans need it, up to the budget of "nvme".
         device: what computes; JAX's default if None.
 
     Raises:
@@ -66,7 +67,7 @@ class Executor:
         sources: Mapping[str, StoredArray],
         *,
         nvme_dir: Path | None = None,
-        nvme_space_bytes: int = 0,
+        nvme_space_bytes: int | None = 0,
         device: jax.Device | None = None,
     ) -> None:
         device = jax.local_devices()[0] if device is None else device
@@ -76,7 +77,7 @@ class Executor:
                 "describe it with a tier 'host'"
             )
         self.machine = machine
-        self._sources = dict(sources)
+        self._sources: Sources = dict(sources)
         self._ledger = Ledger(tuple(tier.name for tier in machine.tiers))
         self._plans: dict[tuple[int, bool], _Ready] = {}
         self._programs = Programs()
@@ -121,6 +122,90 @@ class Executor:
     def written_bytes(self) -> int:
         """Bytes that the system wrote to disk so far."""
         return self._tiers.written_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What lies on disk now of what was moved out and sealed."""
+        return self._tiers.spilled_bytes
+
+    @property
+    def used_bytes(self) -> dict[str, int]:
+        """What is in use in each tier since the last run: weights, what it returned, its ring."""
+        return dict(self._ledger.used_bytes)
+
+    @property
+    def arena_bytes(self) -> int:
+        """The largest budget of the tier that has the arena for which weights can stay in it."""
+        return self._tiers.arena_bytes
+
+    def peak_bytes(self, plan: Plan, program: Program) -> dict[str, int]:
+        """The most that a plan takes in each tier, by `verify` (once per plan).
+
+        Raises:
+            PlanError: the plan is wrong.
+        """
+        return dict(self._ready(plan, program, fuse=False).peak_bytes)
+
+    def reserve(self, nbytes: int) -> None:
+        """Make sure that so many bytes can be sealed.
+
+        Raises:
+            DoesNotFitError: the budget of "nvme" is smaller.
+            StoreError: the disk is.
+        """
+        if (free_bytes := self._tiers.reserve(nbytes)) < nbytes:
+            needed_bytes = self.spilled_bytes + nbytes
+            raise DoesNotFitError(
+                f"{nbytes:,} B have to be moved out to disk, where {free_bytes:,} B are left of "
+                f"what is allowed: raise the nvme space to {needed_bytes:,} B",
+                {NVME: needed_bytes},
+            )
+
+    def seal(self, name: str, array: jax.Array) -> None:
+        """Write an array to disk once: from then on it is a weight, which plans bring as they like.
+
+        The array itself may be changed or deleted when this returns. Plans are made anew.
+
+        Raises:
+            PlanError: there is a weight of this name, or no nvme_dir to write to.
+            StoreError: the disk refused, or has no space left.
+        """
+        self._tiers.seal(name, array)
+        self._plans.clear()
+
+    def release(self, name: str) -> None:
+        """Forget a sealed array; its space is used again. No plan with it may run any more."""
+        self._weights = {key: rest for key, rest in self._weights.items() if key[0] != name}
+        self._tiers.release(name)
+
+    def limit(self, machine: Machine) -> None:
+        """Other budgets from the next plan on. Pages in which no weight lies are given back.
+
+        Weights stay where they are. A bridge, carried out before, frees those that no longer fit,
+        and all in the arena's tier if its new budget is above `arena_bytes`.
+
+        Raises:
+            PlanError: more than the budgets differ; the executor is closed; weights are in the way.
+            StoreError: the system has no address space left; the old budgets stay.
+        """
+        if self._closed:
+            raise PlanError("the executor is closed: open a new one")
+        budgets = {tier.name: tier.capacity_bytes for tier in machine.tiers}
+        if self.machine.with_capacities(budgets).digest != machine.digest:
+            raise PlanError(
+                f"machine {machine.name!r} differs from {self.machine.name!r} in more than its "
+                "budgets: open another executor"
+            )
+        tier = machine.tier(arena_tier(machine))
+        places = [
+            (rest.offset, rest.offset + rounded(self._sources[name].nbytes, tier.alignment_bytes))
+            for (name, _), rest in self._weights.items()
+            if rest.offset is not None
+        ]
+        self._tiers.limit(tier.capacity_bytes, union(places))
+        self._plans.clear()
+        self.machine = machine
+        give_back()
 
     def run(
         self,
@@ -265,6 +350,8 @@ class Executor:
         if made.weights_after is not made.weights_before:
             # Another phase begins: what the last one left in the heap is as much as 100 MB.
             give_back()
+        if ready.peak_bytes[NVME]:
+            tiers.reserve(ready.peak_bytes[NVME])
         record = Record(made.actions)
         tiers.use(admission.ranges)
         self._ledger.start(admission.start_bytes)

@@ -1,10 +1,10 @@
 """What lies in each tier, and the threads that bring it there."""
 
+import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,17 @@ BLOCK_BYTES = 4 << 20
 READS_AT_ONCE = 6
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SealedArray:
+    """An array in the spill file that is read like a weight, as often as plans say."""
+
+    nbytes: int
+    generation: int
+
+
+Sources = dict[str, StoredArray | SealedArray]
+
+
 class Tiers:
     """Arrays by tier and name; owns the arena, the reader, the spill file and all threads.
 
@@ -49,10 +60,10 @@ class Tiers:
     def __init__(
         self,
         machine: Machine,
-        sources: Mapping[str, StoredArray],
+        sources: Sources,
         device: jax.Device,
         nvme_dir: Path | None,
-        nvme_space_bytes: int,
+        nvme_space_bytes: int | None,
     ) -> None:
         names = [tier.name for tier in machine.tiers]
         self.values: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -79,9 +90,13 @@ class Tiers:
         self._lanes: dict[tuple[str, str], ThreadPoolExecutor] = {}
         try:
             for name, stored in sources.items():
-                self._reader.record(name, stored)
+                if isinstance(stored, StoredArray):
+                    self._reader.record(name, stored)
             if nvme_dir is not None:
-                self._spill = Spill(nvme_dir, nvme_space_bytes)
+                most_bytes = machine.tier(NVME).capacity_bytes
+                if nvme_space_bytes is not None:
+                    most_bytes = nvme_space_bytes
+                self._spill = Spill(nvme_dir, nvme_space_bytes or 0, limit_bytes=most_bytes)
         except BaseException:
             self.close()
             raise
@@ -95,6 +110,11 @@ class Tiers:
     def written_bytes(self) -> int:
         """What was written to disk so far."""
         return self._spill.written_bytes if self._spill else 0
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What the spill file holds now."""
+        return self._spill.used_bytes if self._spill else 0
 
     @property
     def device_sharding(self) -> Sharding:
@@ -116,6 +136,33 @@ class Tiers:
                 self._arena.release(first, end - first)
             self._touched = ranges
 
+    @property
+    def arena_bytes(self) -> int:
+        """How far offsets in the arena can reach."""
+        return self._arena.nbytes
+
+    def limit(self, arena_bytes: int, ranges: tuple[Range, ...]) -> None:
+        """Give back all pages of the arena outside these ranges, where everything lies.
+
+        If offsets are to reach further than they can, the arena is made anew: it must be empty.
+
+        Raises:
+            PlanError: something does.
+            StoreError: the system has no address space left; the arena is as it was, but empty.
+        """
+        self.use(ranges)
+        # Slots of plans that are gone; what lies in the arena is also in `values`.
+        self._over.clear()
+        if arena_bytes > self._arena.nbytes:
+            if ranges:
+                raise PlanError(
+                    f"an arena of {self._arena.nbytes:,} B holds weights and cannot grow to "
+                    f"{arena_bytes:,} B: run a bridge that frees them first"
+                )
+            larger = Arena(arena_bytes, self._arena.alignment)
+            self._arena.close()
+            self._arena, self._touched = larger, ()
+
     def take_over(self, tier: str, name: str, value: Any) -> None:
         """An array from outside."""
         self.values[tier][name] = owned(value, self._shardings[tier])
@@ -127,7 +174,7 @@ class Tiers:
         if source == NVME and op.offset is not None:
             over = self._slot_array(op.spec, op.offset)
             view = self._arena.view(op.offset, op.spec.nbytes)
-            transfer.follow(self._reader.read(name, self._sources[name], view), over)
+            transfer.follow(self._fetch(name, view), over)
         else:
             before = self.arriving[source].get(name)
             value = self.values[source].get(name)
@@ -141,6 +188,43 @@ class Tiers:
             leaving[:] = [*(other for other in leaving if not other.done), transfer]
         self.arriving[target][name] = transfer
         return transfer
+
+    def reserve(self, nbytes: int) -> int:
+        """Make room for arrays to seal, as far as the budget allows; returns what is free then.
+
+        Raises:
+            PlanError: there is no directory for them.
+            StoreError: the disk has less space.
+        """
+        with self._spill_lock:
+            return self._spilling().reserve(nbytes)
+
+    def seal(self, name: str, array: jax.Array) -> None:
+        """Write an array to disk: it is a source from then on. It may change after this.
+
+        Raises:
+            PlanError: there is a source of this name, or no directory to write to.
+            StoreError: the disk refused.
+        """
+        if name in self._sources:
+            raise PlanError(f"array {name!r} cannot be sealed: there is a source of this name")
+        self.reserve(array.nbytes)
+        self._generation += 1
+        self._write(name, self._generation, memory_of(array))
+        self._sources[name] = SealedArray(array.nbytes, self._generation)
+        # Plans are made anew around it, and nothing grows: slots that lie full are in `values`.
+        self._over.clear()
+
+    def release(self, name: str) -> None:
+        """Forget a sealed array, wherever it lies; its space on disk is used again."""
+        for tier, values in self.values.items():
+            if name in self.arriving[tier]:
+                self.arriving[tier].pop(name).settle()
+            self.leave(tier, name)
+            values.pop(name, None)
+        del self._sources[name]
+        self._over.clear()
+        self._free_spilled(name)
 
     def arrive(self, tier: str, name: str) -> None:
         """Wait until an array that is on its way has arrived."""
@@ -191,6 +275,14 @@ class Tiers:
         # Arrays over it may wait for Python's collector; its pages do not.
         self._arena.release(0, self._arena.nbytes)
         self._arena.close()
+
+    def _fetch(self, name: str, target: Bytes) -> Future[None]:
+        """Begin to read a source."""
+        source = self._sources[name]
+        if isinstance(source, StoredArray):
+            return self._reader.read(name, source, target)
+        with self._spill_lock:
+            return self._spilling().read(name, source.generation, target)
 
     def _slot_array(self, spec: ArraySpec, offset: int) -> Any:
         """The array over a slot, made once: streaming allocates nothing."""

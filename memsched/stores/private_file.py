@@ -30,7 +30,7 @@ def private_file(directory: Path, nbytes: int) -> DirectFile:
             "check the permissions or choose another directory"
         ) from None
     try:
-        _reserve(file, directory, nbytes)
+        reserve(file, directory, 0, nbytes)
     except BaseException:
         file.close()
         raise
@@ -49,7 +49,12 @@ def _unnamed(directory: Path) -> DirectFile:
         return open_direct(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
 
 
-def _reserve(file: DirectFile, directory: Path, nbytes: int) -> None:
+def reserve(file: DirectFile, directory: Path, offset: int, nbytes: int) -> None:
+    """Take `nbytes` of the disk for a file in this directory, from `offset` on.
+
+    Raises:
+        StoreError: there is less space, or the system refused.
+    """
     if not nbytes:
         return
     status = os.statvfs(directory)
@@ -58,7 +63,7 @@ def _reserve(file: DirectFile, directory: Path, nbytes: int) -> None:
         # The call takes what it gets before it fails: nobody's disk shall be full meanwhile.
         if nbytes > free_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.posix_fallocate(file.descriptor, 0, nbytes)
+        os.posix_fallocate(file.descriptor, offset, nbytes)
     except OSError as error:
         raise StoreError(
             f"{nbytes:,} B cannot be reserved in {directory}: {error.strerror}; "

@@ -1,7 +1,8 @@
 """Arrays that are moved out to disk for a while, and read back as they were.
 
-They lie in one private file of fixed size, reserved at the start: the disk cannot fill up later.
-What is read back is what was written: array, generation and every checksum are compared.
+They lie in one private file. Its space is reserved before anything is written, at the start as far
+as it is known, and used again: the disk cannot fill up later. What is read back is what was
+written: array, generation and every checksum are compared.
 """
 
 import dataclasses
@@ -17,10 +18,10 @@ import numpy.typing as npt
 
 from memsched.errors import DamagedError, ProgramError, StoreError
 from memsched.stores.blocks import Bytes, check_target
-from memsched.stores.buffers import Buffers
+from memsched.stores.buffers import PAGE_BYTES, Buffers
 from memsched.stores.direct import EndOfFileError, fetch, put
 from memsched.stores.extents import Extent, Extents, paged
-from memsched.stores.private_file import private_file
+from memsched.stores.private_file import private_file, reserve
 from memsched.stores.workers import Workers
 
 
@@ -47,7 +48,8 @@ class _Slot:
 
 
 class Spill:
-    """A file of `space_bytes` for arrays, each in whole pages.
+    """A file of `space_bytes` for arrays, each in whole pages. `reserve` enlarges it up to
+    `limit_bytes`.
 
     `written_bytes` and `read_bytes` are what the system moved. Calls come from one thread; their
     work is done by others, `queue_depth` blocks at a time.
@@ -61,10 +63,13 @@ class Spill:
         directory: Path,
         space_bytes: int,
         *,
+        limit_bytes: int = 0,
         queue_depth: int = 4,
         block_bytes: int = 4 << 20,
     ) -> None:
         self.space_bytes = space_bytes
+        self._limit_bytes = max(limit_bytes, space_bytes)
+        self._directory = directory
         self.written_bytes = 0
         self.read_bytes = 0
         self._label = f"the spill file in {directory}"
@@ -90,6 +95,21 @@ class Spill:
     def most_bytes(self) -> int:
         """Memory that moving may take beside the arrays."""
         return self._buffers.most_bytes
+
+    def reserve(self, nbytes: int) -> int:
+        """Make room for `nbytes` more, as far as the limit allows; returns how much is free then.
+
+        Raises:
+            StoreError: the disk has less space.
+        """
+        whole_bytes = self.space_bytes // PAGE_BYTES * PAGE_BYTES
+        most_bytes = self._limit_bytes // PAGE_BYTES * PAGE_BYTES - whole_bytes
+        missing_bytes = min(paged(nbytes) - self._extents.free_bytes, most_bytes)
+        if missing_bytes > 0:
+            reserve(self._file, self._directory, whole_bytes, missing_bytes)
+            self._extents.give_back(((whole_bytes, missing_bytes),))
+            self.space_bytes = whole_bytes + missing_bytes
+        return self._extents.free_bytes
 
     def write(self, array: str, generation: int, data: npt.NDArray[np.generic]) -> Future[None]:
         """Move out the bytes of `data`, which must not change before the future is done.

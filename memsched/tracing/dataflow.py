@@ -10,8 +10,9 @@ from memsched.tracing.graph import aval, body_of, words
 # Their result is their operand of the same shape, changed here and there or everywhere.
 IN_PLACE = words(
     "add add_any and convert_element_type copy div dynamic_update_slice exp integer_pow log "
-    "logistic max min mul ne neg not or pow rem rsqrt scatter scatter-add scatter_add scatter_mul "
-    "scatter_sub scatter_min scatter_max select_n sign sqrt square sub tanh xor"
+    "logistic max min mul ne neg not optimization_barrier or pow rem rsqrt scatter scatter-add "
+    "scatter_add scatter_mul scatter_sub scatter_min scatter_max select_n sign sqrt square sub "
+    "tanh xor"
 )
 
 

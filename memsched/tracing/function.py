@@ -19,7 +19,7 @@ from memsched.program import Program
 from memsched.tracing.array_names import array_names, kinds_of, path_name
 from memsched.tracing.kernel import Kernel
 from memsched.tracing.source_lines import line_of_error
-from memsched.tracing.steps import Tracing, add_step
+from memsched.tracing.steps import Known, Tracing, add_step
 
 NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,  # of `if`, `while`, `bool()`, `int()`
@@ -36,6 +36,7 @@ def trace(
     *shapes: Any,
     names: Sequence[str] | None = None,
     kinds: Sequence[str | Mapping[str, str]] | None = None,
+    known: Known | None = None,
 ) -> tuple[Program, Kernels]:
     """The steps of `fn`, and the kernels that compute them.
 
@@ -49,6 +50,7 @@ def trace(
             in the signature. The rest of a name is the path in the pytree: "params.layers.0.bias".
         kinds: for every argument the kind of its arrays, or a kind for each prefix of their names,
             of which the longest counts. "input" by default.
+        known: what earlier calls with it have found; steps that they had need not be compiled anew.
 
     Raises:
         ProgramError: something is computed outside a jitted call, needs the value of an array, or
@@ -60,7 +62,7 @@ def trace(
     chosen = ("input",) * len(shapes) if kinds is None else tuple(kinds)
     kind_of = kinds_of(given.names, given.owners, chosen)
     closed, results = _jaxpr(fn, given.leaves, given.tree)
-    tracing = Tracing.begin(closed, given.names, kind_of)
+    tracing = Tracing.begin(closed, given.names, kind_of, known or Known())
     for equation in closed.jaxpr.eqns:
         add_step(tracing, equation)
     places = dict(zip(given.names, given.places, strict=True))

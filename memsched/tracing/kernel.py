@@ -9,12 +9,13 @@ import jax
 Evaluate = Callable[..., Sequence[jax.Array]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """Takes the arrays of a step's `reads`, then `updates`; returns `writes`, then `updates`.
 
     Updated arrays are donated. `function` is jitted, takes the constants first and returns the
-    updated arrays first: XLA gives donated memory to the first result that fits.
+    updated arrays first: XLA gives donated memory to the first result that fits. A kernel equals
+    only itself: constants cannot be hashed.
     """
 
     function: Any

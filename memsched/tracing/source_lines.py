@@ -1,5 +1,6 @@
 """Where in the user's code something was computed: the innermost line outside of the libraries."""
 
+import functools
 import sysconfig
 import traceback
 from pathlib import Path
@@ -30,6 +31,7 @@ def line_of_error(error: BaseException) -> str:
     return "an unknown line"
 
 
+@functools.cache
 def _of_a_library(file: str) -> bool:
     path = Path(file)
     if file.startswith("<") or _OURS in path.parents:

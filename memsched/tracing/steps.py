@@ -17,6 +17,14 @@ from memsched.tracing.kernel import Kernel, Wiring, jitted_call
 from memsched.tracing.source_lines import line_of
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known:
+    """What one function's trace leaves for the next: bodies of steps, and their compiled form."""
+
+    bodies: dict[Hashable, Body] = dataclasses.field(default_factory=dict)
+    functions: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(slots=True)
 class Tracing:
     """Steps found so far.
@@ -32,21 +40,24 @@ class Tracing:
     names: dict[int, tuple[str, int]]
     versions: dict[str, int]
     constants: dict[int, Any]
+    known: Known
     steps: list[Step] = dataclasses.field(default_factory=list)
     kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
     updated_by: dict[str, str] = dataclasses.field(default_factory=dict)
-    bodies: dict[Hashable, Body] = dataclasses.field(default_factory=dict)
-    functions: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     kernel_names: dict[Hashable, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, closed: jex.ClosedJaxpr, names: Sequence[str], kinds: Mapping[str, Kind]
+        cls,
+        closed: jex.ClosedJaxpr,
+        names: Sequence[str],
+        kinds: Mapping[str, Kind],
+        known: Known,
     ) -> "Tracing":
         """Before the first step: the given arrays."""
         jaxpr = closed.jaxpr
         constants = dict(zip(map(id, jaxpr.constvars), closed.consts, strict=True))
-        tracing = cls({}, {}, {}, constants)
+        tracing = cls({}, {}, {}, constants, known)
         for name, variable in zip(names, jaxpr.invars, strict=True):
             tracing.add_array(name, variable, kinds[name])
         return tracing
@@ -106,7 +117,7 @@ def add_step(tracing: Tracing, equation: jex.JaxprEqn) -> None:
     Raises:
         ProgramError: it is outside a jitted call, or breaks a rule of arrays.
     """
-    body = body_of_step(equation, tracing.bodies)
+    body = body_of_step(equation, tracing.known.bodies)
     step_name = f"{len(tracing.steps)}.{body.name}"
     user = f"step {step_name!r} ({line_of(equation)})"
     constants, operands = _operands(tracing, equation, body, user)
@@ -241,15 +252,15 @@ def _kernel(
     """The name of the kernel; equal ones are made once, and those that differ in constants share
     one compiled function."""
     function_key = (body.key, wiring)
-    if function_key not in tracing.functions:
+    functions = tracing.known.functions
+    if function_key not in functions:
         operands = [aval(variable) for variable in equation.invars]
-        tracing.functions[function_key] = jitted_call(body.name, body.evaluate, operands, wiring)
+        functions[function_key] = jitted_call(body.name, body.evaluate, operands, wiring)
     values = tuple((str(value.dtype), np.asarray(value).tobytes()) for value in constants)
     key = (function_key, values)
     if key not in tracing.kernel_names:
         count = sum(name.partition("#")[0] == body.name for name in tracing.kernels)
         name = f"{body.name}#{count + 1}" if count else body.name
         tracing.kernel_names[key] = name
-        function = tracing.functions[function_key]
-        tracing.kernels[name] = Kernel(function, constants, len(wiring.donated))
+        tracing.kernels[name] = Kernel(functions[function_key], constants, len(wiring.donated))
     return tracing.kernel_names[key]

@@ -2,60 +2,91 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memsched.aot import Compiler
+from memsched.cost import CostModel
 from memsched.errors import DoesNotFitError
-from memsched.machine import NVME
+from memsched.machine import NVME, Machine
 from memsched.plan_json import plan_digest
 from memsched.profiles import load_machine
+from memsched.report import summarize
+from memsched.report.page import page
+from memsched.report.perfetto import perfetto
+from memsched.report.rendering import show
+from memsched.whole_file import check_target, write_whole
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import named_dtype
-from qwen3vl_jax.planned.forecast import forecast
-from qwen3vl_jax.planned.loading import Budgets, this_machine
-from qwen3vl_jax.planned.reporting import (
-    PlanReport,
-    forecast_dict,
-    forecast_text,
-    refusal_dict,
-)
+from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
+from qwen3vl_jax.planned.forecast import Forecast, forecast
+from qwen3vl_jax.planned.forecast_data import forecast_dict, refusal_dict
+from qwen3vl_jax.planned.forecast_text import forecast_text, forecast_view
+from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
+from qwen3vl_jax.planned.reporting import PlanReport
 from qwen3vl_jax.planned.request import Request, request_of
 from qwen3vl_jax.planned.runner import PlannedRunner
+from qwen3vl_jax.planned.saving import plans_text
+from qwen3vl_jax.planned.tally import MOVING
 
-FORMATS = (".json", ".txt")
+FORMATS = (".json", ".txt", ".html")
+TRACE = ".perfetto.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DryRun:
-    """A forecast as data and as text. `error` says why there is none."""
+    """A forecast, or why there is none, and it as data."""
 
     data: dict[str, Any]
-    text: str
+    found: Forecast | None
     error: DoesNotFitError | None = None
 
 
-def dry_run(config: Config, request: Request, budgets: Budgets, *, dtype: str | None) -> DryRun:
+def dry_run(
+    config: Config,
+    request: Request,
+    budgets: Budgets,
+    *,
+    dtype: str | None,
+    compiler: Compiler | None = None,
+) -> DryRun:
     """What a request would take; opens no weight.
+
+    Args:
+        compiler: says what workspace steps take; by default it is estimated.
 
     Raises:
         UsageError: a request or a budget that makes no sense.
     """
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     request.capacity(config)
+    machine = planned_machine(budgets)
+    try:
+        found = forecast(
+            config,
+            machine,
+            request,
+            dtype=chosen,
+            cost=cost_model(budgets, machine),
+            compiler=compiler,
+        )
+    except DoesNotFitError as error:
+        compiled = compiler is not None
+        data = refusal_dict(error, machine, request, chosen.name, compiled=compiled)
+        return DryRun(data, None, error)
+    return DryRun(forecast_dict(found), found)
+
+
+def planned_machine(budgets: Budgets) -> Machine:
+    """The machine of some budgets. One of a file is not this one, and has all its disk."""
     machine = this_machine(budgets)
     if budgets.machine is not None and budgets.nvme_space is None:
-        # A machine that is not this one has all its disk, without a directory of this one.
         space = load_machine(Path(budgets.machine)).tier(NVME).capacity_bytes
         machine = machine.with_capacities({NVME: space})
-    try:
-        found = forecast(config, machine, request, dtype=chosen)
-    except DoesNotFitError as error:
-        data = refusal_dict(error, machine, request, chosen.name)
-        return DryRun(data, f"{error}\n", error)
-    return DryRun(forecast_dict(found), forecast_text(found))
+    return machine
 
 
 def dry_run_of(
@@ -71,32 +102,66 @@ def dry_run_of(
     return dry_run(config, request, Budgets(**budgets), dtype=dtype)
 
 
-def check_report(path: Path | None) -> None:
-    """Raises UsageError for a file name that is of no format of ours."""
-    if path is not None and path.suffix not in FORMATS:
-        raise UsageError(f"--report {path}: a name that ends in {' or '.join(FORMATS)} is wanted")
+def check_report(path: Path | None, formats: Sequence[str] = FORMATS) -> None:
+    """Before anything is done.
+
+    Raises:
+        UsageError: a file name that is of no format of ours.
+        StoreError: nothing can be written there.
+    """
+    if path is None:
+        return
+    if path.suffix not in formats:
+        raise UsageError(f"--report {path}: a name that ends in {', '.join(formats)} is wanted")
+    check_target(path)
 
 
-def write_report(path: Path, data: dict[str, Any], text: str) -> None:
-    """The text or the data, as the file's name says."""
-    path.write_text(json.dumps(data, indent=1) + "\n" if path.suffix == ".json" else text)
+def write_report(path: Path, report: PlanReport) -> None:
+    """Text, data, page or trace, as the file's name says."""
+    if path.name.endswith(TRACE):
+        content = report.perfetto()
+    elif path.suffix == ".html":
+        content = report.html()
+    else:
+        content = report.report() if path.suffix == ".txt" else _json(report.to_dict())
+    write_whole(path, content)
 
 
-def print_dry_run(found: DryRun, *, report: Path | None, as_json: bool) -> int:
-    """Writes a forecast to stdout and to a file.
+def print_dry_run(
+    dry: DryRun, *, report: Path | None, save_plan: Path | None, as_json: bool
+) -> int:
+    """Writes a forecast to stdout and to files.
 
     Raises:
         DoesNotFitError: there is no forecast; its JSON has been written.
     """
-    if report is not None:
-        write_report(report, found.data, found.text)
+    if report is not None and (dry.found is not None or report.suffix == ".json"):
+        write_whole(report, _dry_report(report, dry))
     if as_json:
-        print(json.dumps(found.data), flush=True)
-    if found.error is not None:
-        raise found.error
+        print(json.dumps(dry.data), flush=True)
+    if dry.found is None:
+        assert dry.error is not None
+        raise dry.error
+    if save_plan is not None:
+        write_whole(save_plan, plans_text(dry.found))
     if not as_json:
-        print(found.text, end="", flush=True)
+        show(forecast_view(dry.found))
     return 0
+
+
+def _dry_report(path: Path, dry: DryRun) -> str:
+    if dry.found is None or (path.suffix == ".json" and not path.name.endswith(TRACE)):
+        return _json(dry.data)
+    if path.suffix == ".txt":
+        return forecast_text(dry.found)
+    chapters = forecast_chapters(dry.found)
+    return (
+        perfetto(chapters) if path.suffix == ".json" else page(chapters, forecast_cover(dry.found))
+    )
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1) + "\n"
 
 
 def run_figures(model: Qwen3VL) -> dict[str, Any]:
@@ -104,15 +169,39 @@ def run_figures(model: Qwen3VL) -> dict[str, Any]:
     runner = model.runner
     if not isinstance(runner, PlannedRunner):
         return {}
-    phases = PlanReport(runner).to_dict()["phases"]
     decode = next((plan for name, plan in runner.plans.items() if name == "decode"), None)
     return {
         "peak_bytes": runner.executor.ledger_peak_bytes,
+        "read_bytes": runner.executor.read_bytes,
         "written_bytes": runner.executor.written_bytes,
-        "predicted": {
-            "seconds": {name: phase["seconds"] for name, phase in phases.items()},
-            "decode_tokens_per_s": 1 / phases["decode"]["seconds"] if decode else None,
-            "peak_bytes": {name: phase["peak_bytes"] for name, phase in phases.items()},
-        },
+        "predicted": predicted_figures(runner, PlanReport(runner).cost),
         "plan_digest": plan_digest(decode.plan) if decode else None,
+    }
+
+
+def predicted_figures(runner: PlannedRunner, cost: CostModel) -> dict[str, Any]:
+    """What the passes that were carried out should have taken, by their plans. Loading takes
+    nothing: weights stay in their files.
+    """
+    seconds = {"load": 0.0, "vision": 0.0, "prefill": 0.0, "decode": 0.0}
+    peaks: dict[str, int] = {}
+    nbytes = {"read_bytes": 0, "written_bytes": 0}
+    token_s = None
+    for tally in runner.tallies.values():
+        read, written = tally.planned_bytes
+        nbytes["read_bytes"] += tally.passes * read
+        nbytes["written_bytes"] += tally.passes * written
+        if tally.phase == MOVING:
+            continue  # beside computing
+        found = summarize(tally.plan, tally.program, runner.machine, cost)
+        part = {"scores": "prefill", "verify": "decode"}.get(tally.phase, tally.phase)
+        seconds[part] = seconds.get(part, 0.0) + tally.passes * found.seconds
+        token_s = found.seconds if tally.phase == "decode" else token_s
+        for tier, use in found.occupancy.items():
+            peaks[tier] = max(peaks.get(tier, 0), use.peak_bytes)
+    return {
+        "seconds": seconds,
+        "decode_tokens_per_s": None if token_s is None else 1 / token_s,
+        "peak_bytes": peaks,
+        **nbytes,
     }

@@ -4,18 +4,20 @@ A request is passed through the same phases, in the same shapes, as the model it
 """
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memsched.aot import Compiler
 from memsched.cost import CostModel, Roofline, plan_seconds
 from memsched.errors import DoesNotFitError
-from memsched.machine import NVME, Machine
+from memsched.machine import DEVICE, NVME, Machine
 from memsched.passes.baselines import baselines
 from memsched.passes.bridge import bridge
 from memsched.passes.compile import compile_phases
@@ -27,18 +29,24 @@ from qwen3vl_jax.cache import SMALLEST_CAPACITY
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import pieces
 from qwen3vl_jax.inputs import SMALLEST_FEATURES, SMALLEST_TOKENS
-from qwen3vl_jax.network import Features, empty_features
-from qwen3vl_jax.phases import PREFILL_CHUNK, phases
+from qwen3vl_jax.layer_steps import Granularity
+from qwen3vl_jax.long_phases import long_phases
+from qwen3vl_jax.network import Features, Qwen3VLNetwork, empty_features
+from qwen3vl_jax.phases import PREFILL_CHUNK, Phase, phases
 from qwen3vl_jax.planned.budgets import smallest_budgets
-from qwen3vl_jax.planned.loading import vocab_rows
+from qwen3vl_jax.planned.granularity import choose_granularity, finest, vocab_rows
+from qwen3vl_jax.planned.long_requests import cache_of, with_blocks
 from qwen3vl_jax.planned.programs import Traced, trace_phase
 from qwen3vl_jax.planned.request import Request
-from qwen3vl_jax.planned.shapes import Shape, cache_shapes, decode_shapes, scores_shapes
+from qwen3vl_jax.planned.shapes import Shape, scores_shapes
 from qwen3vl_jax.planned.skeleton import shape_network
 from qwen3vl_jax.planned.while_reading import WhileReading
 
 # The way that is not among the predicted ones where it does not fit.
 RESIDENT = "resident"
+
+# Gives all passes of a request as programs, cut into steps as it is told.
+Tracer = Callable[[Granularity], Mapping[str, Traced]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +89,8 @@ class Forecast:
     machine: Machine
     request: Request
     dtype: str
+    cost: CostModel
+    granularity: Granularity
     passes: tuple[Pass, ...]
     smallest_bytes: Mapping[str, int]
     plan_seconds: float
@@ -103,24 +113,37 @@ def forecast(
     *,
     dtype: np.dtype,
     cost: CostModel | None = None,
+    tracer: Tracer | None = None,
+    compiler: Compiler | None = None,
 ) -> Forecast:
     """Plans a request, and predicts what its plans and some plainer ways take.
+
+    Args:
+        tracer: what `traced_request` gave for this request, to plan it again without tracing.
+        compiler: says what workspace steps take; by default it is estimated.
 
     Raises:
         DoesNotFitError: a phase has no plan within the budgets. `smallest` then has budgets that
             work, for each tier that has less.
-        ProgramError: an array is larger than a tier takes.
+        ProgramError: an array is larger than a tier takes, or XLA cannot compile a step.
         UsageError: the model takes no context as long as this.
     """
     started_s = time.perf_counter(), time.process_time()
     cost = cost or Roofline()
     works = works_of(config, request, dtype)
-    traced = _traced(config, works, dtype)
+    tracer = tracer or traced_request(config, request, dtype, compiler)
+    granularity = choose_granularity(config, dtype, machine.tier(DEVICE).capacity_bytes)
+    traced = tracer(granularity)
     programs = {name: one.program for name, one in traced.items()}
-    smallest = smallest_budgets(programs, machine, cost)
+    # The least works with the finest steps, which are chosen with so little.
+    fine = {name: one.program for name, one in tracer(finest(config)).items()}
+    smallest = smallest_budgets(fine, machine, cost)
     try:
         plans = compile_phases(programs, machine, WhileReading(cost))
     except DoesNotFitError:
+        in_blocks = with_blocks(request, config, dtype, machine)
+        if in_blocks is not None:
+            return forecast(config, machine, in_blocks, dtype=dtype, cost=cost, compiler=compiler)
         raise _refusal(smallest.checked(), machine) from None
     found: list[Pass] = []
     for work in works:
@@ -132,12 +155,42 @@ def forecast(
         moving_s = _moving_s(before, one, plan, machine, cost)
         found.append(Pass(work, one, plan, summary, moving_s))
     taken_s = time.perf_counter() - started_s[0], time.process_time() - started_s[1]
-    return Forecast(config, machine, request, dtype.name, tuple(found), smallest.nbytes, *taken_s)
+    return Forecast(
+        config,
+        machine,
+        request,
+        dtype.name,
+        cost,
+        granularity,
+        tuple(found),
+        smallest.nbytes,
+        *taken_s,
+    )
+
+
+def traced_request(
+    config: Config, request: Request, dtype: np.dtype, compiler: Compiler | None = None
+) -> Tracer:
+    """Traces all passes of a request, once for each granularity, whatever the machine."""
+    works = works_of(config, request, dtype)
+    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
+
+    @functools.cache
+    def traced(granularity: Granularity) -> Mapping[str, Traced]:
+        known = phases(config, granularity)
+        if request.block_slots is not None:
+            known |= long_phases(config, granularity)
+        return _traced(works, known, network, compiler)
+
+    return traced
 
 
 def works_of(config: Config, request: Request, dtype: np.dtype) -> tuple[Work, ...]:
-    """All passes of a request: pieces of pictures, chunks of the prompt, scores, a new token."""
-    capacity = request.capacity(config)
+    """All passes of a request: pieces of pictures, chunks of the prompt, scores, a new token.
+
+    Of a cache in blocks a chunk reads half of the prompt's, as chunks do on average; a token reads
+    as many as there can be.
+    """
     vision = [(1, (_features(config, request, dtype), piece)) for piece in _pieces(config, request)]
     prefill = [(1, _chunk(config, request, tokens, dtype)) for tokens in _chunks(config, request)]
     return (
@@ -149,7 +202,7 @@ def works_of(config: Config, request: Request, dtype: np.dtype) -> tuple[Work, .
             "decode",
             "decode",
             request.new_tokens,
-            decode_shapes(config, request.batch, capacity, dtype),
+            cache_of(request, config, dtype, request.capacity(config)).decode(),
         ),
     )
 
@@ -184,25 +237,26 @@ def _features(config: Config, request: Request, dtype: np.dtype) -> Features:
 
 def _chunks(config: Config, request: Request) -> Iterable[int]:
     """Padded tokens of each chunk of the prompt, as `Qwen3VL.prefill` cuts it."""
-    count = request.prompt_length(config)
+    count, slots = request.prompt_length(config), request.block_slots
     capacity = bucket(request.capacity(config), SMALLEST_CAPACITY)
-    for first in range(0, count, PREFILL_CHUNK):
-        tokens = min(PREFILL_CHUNK, count - first)
-        fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
-        yield min(fitting, capacity - first)
+    first = 0
+    while first < count:
+        room = capacity - first if slots is None else slots - first % slots
+        tokens = min(PREFILL_CHUNK, count - first, room)
+        yield min(bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1, room)
+        first += tokens
 
 
 def _chunk(config: Config, request: Request, tokens: int, dtype: np.dtype) -> tuple[Any, ...]:
     """Arrays of the phase "prefill"."""
     rows, hidden = request.batch, config.text.hidden_size
-    capacity = request.capacity(config)
+    cache = cache_of(request, config, dtype, request.prompt_length(config) // 2)
     return (
         Shape((rows, tokens, hidden), dtype),
         Shape((3, rows, tokens), jnp.int32),
         Shape((rows, tokens), jnp.int32),
-        _features(config, request, dtype) if request.images else None,
-        cache_shapes(config, rows, capacity, dtype),
-        Shape((rows, bucket(capacity, SMALLEST_CAPACITY)), jnp.bool_),
+        _features(config, request, dtype) if request.images or request.frames else None,
+        *cache.parts(),
         Shape((rows, tokens), jnp.bool_),
         Shape((), jnp.int32),
         Shape((rows, 1, hidden), dtype),
@@ -211,11 +265,16 @@ def _chunk(config: Config, request: Request, tokens: int, dtype: np.dtype) -> tu
     )
 
 
-def _traced(config: Config, works: Iterable[Work], dtype: np.dtype) -> dict[str, Traced]:
+def _traced(
+    works: Iterable[Work],
+    known: Mapping[str, Phase],
+    network: Qwen3VLNetwork,
+    compiler: Compiler | None,
+) -> dict[str, Traced]:
     """All passes as programs. Each knows the weights of the others, and leaves room for caches."""
-    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
-    known = phases(config)
     alone = {work.name: trace_phase(known[work.phase], network, work.arrays) for work in works}
+    if compiler is not None:
+        alone = {name: one.compiled_by(compiler) for name, one in alone.items()}
     weights = {
         name: spec
         for one in alone.values()

@@ -10,27 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
+from memsched.cost import CostModel
+from memsched.detection.calibrated import calibrated, cost_of
 from memsched.detection.this_machine import detect, with_limits
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.profiles import load_machine
 from memsched.sizes import parse_size
 from memsched.stores import heap
 from memsched.stores.blocks import Block, StoredArray
-from qwen3vl_jax.checkpoints.manifest import chunk_rows
 from qwen3vl_jax.checkpoints.opening import Checkpoint, open_checkpoint
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import named_dtype
+from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_rows
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
+from qwen3vl_jax.planned.shapes import check_context
 from qwen3vl_jax.planned.skeleton import shape_network
 from qwen3vl_jax.weights import Entry, arrays, table
 
-VOCAB_BLOCKS = 8
 MEASURE_S = 0.3
-WORKING_BYTES = 512 << 20  # caches and workspace of an ordinary prompt
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Budgets:
     nvme_space: int | str | None = None
     level: str = "minimal"
     machine: str | Path | None = None
+    max_context: int | None = None
 
     @property
     def asked(self) -> bool:
@@ -60,6 +62,7 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
     """
     heap.share()
     config = load_config(path)
+    check_context(config, budgets.max_context)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     machine = this_machine(budgets)
     rows = vocab_rows(config, chosen)
@@ -75,8 +78,11 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
             machine,
             sources(checkpoint, entries),
             EmbeddingRows(checkpoint, _embedding(config), rows),
+            granularity=choose_granularity(config, chosen, machine.tier(DEVICE).capacity_bytes),
             nvme_dir=_folder(budgets),
-            nvme_space_bytes=_bytes(budgets.nvme_space) or 0,
+            nvme_space_bytes=_bytes(budgets.nvme_space),
+            max_context=budgets.max_context,
+            cost=cost_model(budgets, machine),
         )
         runner.owned.push(stack.pop_all())
     return Qwen3VL(config, network, load_settings(path), runner=runner)
@@ -101,22 +107,45 @@ def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
     if budgets.machine is not None:
         machine = load_machine(Path(budgets.machine))
     else:
-        machine = detect(_folder(budgets), measure_s=measure_s)
-    asked = {
-        DEVICE: _bytes(budgets.device_memory),
-        HOST: _bytes(budgets.host_memory),
-        NVME: _bytes(budgets.nvme_space),
-    }
-    if asked[NVME] is None and budgets.nvme_dir is None:
-        asked[NVME] = 0
-    return with_limits(machine, {name: size for name, size in asked.items() if size is not None})
+        machine, _ = calibrated(detect(_folder(budgets), measure_s=measure_s))
+    asked = _asked(budgets)
+    if budgets.nvme_dir is None:
+        asked.setdefault(NVME, 0)
+    return with_limits(machine, asked)
 
 
-def vocab_rows(config: Config, dtype: np.dtype) -> int:
-    """Rows of a block of the vocabulary matrices: an eighth, in whole chunks of a store."""
-    vocab = config.text.vocab_size
-    chunk = chunk_rows((vocab, config.text.hidden_size), dtype.itemsize)
-    return -(-vocab // (VOCAB_BLOCKS * chunk)) * chunk
+def cost_model(budgets: Budgets, machine: Machine) -> CostModel:
+    """What was learned of the machine of some budgets, or its rates."""
+    return cost_of(machine, None if budgets.machine is None else Path(budgets.machine))
+
+
+def set_memory(model: Qwen3VL, budgets: Budgets) -> None:
+    """Gives a planned model other budgets, from its next pass on.
+
+    Raises:
+        UsageError: the model has no plans.
+        ProgramError: a tier that its machine has not.
+        DoesNotFitError: too little for what is under way, with the least that would do. Nothing has
+            changed.
+        StoreError: no address space for so much.
+    """
+    runner = planned_runner(model)
+    runner.limit(with_limits(runner.machine, _asked(budgets)))
+
+
+def planned_runner(model: Qwen3VL) -> PlannedRunner:
+    """What carries out the plans of a model.
+
+    Raises:
+        UsageError: it has none.
+    """
+    runner = model.runner
+    if not isinstance(runner, PlannedRunner):
+        raise UsageError(
+            "all weights of this model are in memory, and no plan could give any of it back; "
+            "give from_pretrained a budget, such as device_memory"
+        )
+    return runner
 
 
 def sources(checkpoint: Checkpoint, entries: tuple[Entry, ...]) -> Mapping[str, StoredArray]:
@@ -146,6 +175,16 @@ def _check_dtype(
                 f"{chosen} is wanted; convert it with scripts/convert.py --dtype {chosen}, or "
                 f"give --dtype {found}"
             )
+
+
+def _asked(budgets: Budgets) -> dict[str, int]:
+    """Bytes of the tiers that are limited."""
+    asked = {
+        DEVICE: _bytes(budgets.device_memory),
+        HOST: _bytes(budgets.host_memory),
+        NVME: _bytes(budgets.nvme_space),
+    }
+    return {name: size for name, size in asked.items() if size is not None}
 
 
 def _folder(budgets: Budgets) -> Path | None:

@@ -24,7 +24,13 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     add("--nvme-dir", type=Path, metavar="DIR", help="where arrays may be moved out to")
     add("--nvme-space", metavar="SIZE", help="how much of that directory; reserved at once")
     add("--level", choices=LEVELS, default=LEVELS[0], help="minimal changes no bit of the answer")
-    add("--report", type=Path, metavar="FILE", help="write the plan to FILE.txt or FILE.json")
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write what the plan does to FILE.txt, .json, .html or .perfetto.json",
+    )
+    add("--save-plan", type=Path, metavar="JSON", help="write the plan for generate.py --plan")
     add("--machine", type=Path, metavar="TOML", help="rates and sizes of the machine, unmeasured")
 
 

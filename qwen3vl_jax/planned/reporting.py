@@ -1,168 +1,27 @@
-"""What plans say and what came of them: text of at most 100 columns, and plain data for JSON."""
+"""What the plans of a model say, and what came of them: text and plain data."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from memsched.cost import CostModel, Roofline, Span
-from memsched.errors import DoesNotFitError
-from memsched.machine import Machine
+from memsched.cost import CostModel, Span
 from memsched.plan import Run
 from memsched.report import Line, Summary, busy_seconds, comparison_text, summarize
 from memsched.report import to_dict as summaries_to_dict
 from memsched.report import to_text as summaries_to_text
-from memsched.report.text import seconds_text
-from memsched.sizes import format_size
-from qwen3vl_jax.phases import PREFILL_CHUNK
-from qwen3vl_jax.planned.forecast import Forecast, Pass, forecast
+from memsched.report.chapter import Chapter
+from qwen3vl_jax.planned.chapters import (
+    forecast_chapters,
+    forecast_cover,
+    run_chapters,
+    run_cover,
+)
+from qwen3vl_jax.planned.forecast import Forecast, forecast
+from qwen3vl_jax.planned.forecast_data import forecast_dict
+from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.runner import Planned, PlannedRunner
-
-PARTS = ("vision", "prefill", "decode")
-
-
-# ---- a forecast ----
-
-
-def forecast_text(found: Forecast) -> str:
-    """A forecast to read: the request as a whole, then every plan."""
-    tokens = {one.work.name: _tokens(found, one) for one in found.passes}
-    each = {name: count for name, count in tokens.items() if count}
-    return _headline(found) + "\n" + summaries_to_text(found.summaries, each)
-
-
-def forecast_dict(found: Forecast) -> dict[str, Any]:
-    """A forecast as data. Vision and prefill are those of the whole request, decode is one token
-    of each row.
-    """
-    last = summaries_to_dict({"decode": found.summaries["decode"]})
-    parts = {part: found.of_part(part) for part in PARTS}
-    return {
-        "fits": True,
-        "smallest_workable": dict(found.smallest_bytes),
-        "phases": {part: _part(passes, part) for part, passes in parts.items() if passes},
-        "gap": last["gap"],
-        "prices": last["prices"],
-        "baselines": last["baselines"],
-        "arrays": last["arrays"],
-        "passes": [
-            {"name": one.work.name, "count": one.work.count, "moving_seconds": one.moving_s}
-            | summaries_to_dict({"it": one.summary})["phases"]["it"]
-            for one in found.passes
-        ],
-        "tokens_per_s": found.request.batch / found.summaries["decode"].seconds,
-        "request_seconds": _request_seconds(found),
-        "assumptions": assumptions(found.machine, found.request, found.dtype)
-        | {
-            "prompt_length": found.request.prompt_length(found.config),
-            "max_context": found.request.capacity(found.config),
-        },
-        "plan_seconds": found.plan_seconds,
-        "plan_cpu_seconds": found.plan_cpu_seconds,
-    }
-
-
-def refusal_dict(
-    error: DoesNotFitError, machine: Machine, request: Request, dtype: str
-) -> dict[str, Any]:
-    """What `forecast_dict` would say, of a request that does not fit."""
-    return {
-        "fits": False,
-        "smallest_workable": error.smallest,
-        "phases": {},
-        "gap": None,
-        "prices": {},
-        "baselines": {},
-        "arrays": [],
-        "assumptions": assumptions(machine, request, dtype),
-        "plan_seconds": None,
-    }
-
-
-def assumptions(machine: Machine, request: Request, dtype: str) -> dict[str, Any]:
-    """What a forecast rests on."""
-    return {
-        "machine": machine.name,
-        "machine_digest": machine.digest,
-        "capacity_bytes": {tier.name: tier.capacity_bytes for tier in machine.tiers},
-        "bytes_per_s": {f"{link.source}->{link.target}": link.bytes_per_s for link in machine.links}
-        | {"compute": machine.compute.bytes_per_s},
-        "flops_per_s": machine.compute.flops_per_s,
-        "dtype": dtype,
-        "request": dataclasses.asdict(request),
-        "chunk_tokens": PREFILL_CHUNK,
-        "seconds": "the machine's rates; steps and transfers overlap as the plan allows",
-        "experts": "all experts of a layer are brought, whoever is chosen",
-    }
-
-
-def _headline(found: Forecast) -> str:
-    request, config = found.request, found.config
-    count = len(request.images)
-    pictures = f" with {count} picture{'s' * (count > 1)}" if count else ""
-    lines = [
-        f"{config.model_type}, {found.dtype}, on {found.machine.name}",
-        f"  {request.prompt_length(config):,} prompt tokens{pictures}, {request.new_tokens:,} new "
-        f"ones, {request.batch} at once, room for {request.capacity(config):,} tokens each",
-        f"  planned in {found.plan_seconds:.2f} s ({found.plan_cpu_seconds:.2f} s of CPU); "
-        f"the whole request takes {seconds_text(_request_seconds(found))}",
-        "",
-        f"  {'phase':<10}{'passes':>8}{'seconds':>12}{'bound':>12}{'weights moved before':>24}",
-    ]
-    for part in PARTS:
-        passes = found.of_part(part)
-        if passes:
-            count = sum(one.work.count for one in passes)
-            took = sum(one.work.count * one.summary.seconds for one in passes)
-            bound = sum(one.work.count * one.summary.bound.seconds for one in passes)
-            moving = seconds_text(sum(one.moving_s for one in passes))
-            lines.append(
-                f"  {part:<10}{count:>8,}{seconds_text(took):>12}{seconds_text(bound):>12}"
-                f"{moving:>24}"
-            )
-    decode = found.summaries["decode"]
-    lines += [
-        "",
-        f"  {request.batch / decode.seconds:,.3g} tokens/s",
-        "  the least that would do:",
-        *(f"    {name:<8}{format_size(nbytes)}" for name, nbytes in found.smallest_bytes.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _part(passes: Iterable[Pass], part: str) -> dict[str, Any]:
-    """Several passes as one phase; of decode one pass."""
-    counted = [(1 if part == "decode" else one.work.count, one.summary) for one in passes]
-    peaks: dict[str, int] = {}
-    nbytes: dict[str, int] = {}
-    for count, summary in counted:
-        for tier, use in summary.occupancy.items():
-            peaks[tier] = max(peaks.get(tier, 0), use.peak_bytes)
-        for link, moved in summary.link_bytes.items():
-            nbytes[link] = nbytes.get(link, 0) + count * moved
-    return {
-        "seconds": sum(count * summary.seconds for count, summary in counted),
-        "bound_seconds": sum(count * summary.bound.seconds for count, summary in counted),
-        "seconds_p90": None,
-        "peak_bytes": peaks,
-        "link_bytes": nbytes,
-    }
-
-
-def _tokens(found: Forecast, one: Pass) -> int:
-    """Tokens that a pass is for; 0 where that means nothing."""
-    places = {"prefill": 0, "decode": 0}
-    if one.work.phase not in places:
-        return 0
-    rows, tokens = one.work.arrays[0].shape[:2]
-    return int(rows * tokens)
-
-
-def _request_seconds(found: Forecast) -> float:
-    return sum(one.work.count * one.summary.seconds + one.moving_s for one in found.passes)
-
-
-# ---- a model ----
+from qwen3vl_jax.planned.tally import Tally
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,7 +33,11 @@ class PlanReport:
 
     runner: PlannedRunner
     request: Request = dataclasses.field(default_factory=Request)
-    cost: CostModel = dataclasses.field(default_factory=Roofline)
+
+    @property
+    def cost(self) -> CostModel:
+        """What the plans were made with."""
+        return self.runner.cost
 
     def report(self) -> str:
         """Text: every plan, then predicted against measured."""
@@ -200,6 +63,28 @@ class PlanReport:
             }
         }
 
+    def html(self) -> str:
+        """A page to look at: one file, which loads nothing."""
+        from memsched.report.page import page
+
+        summaries = self._summaries()
+        if not summaries:
+            found = self._forecast()
+            return page(forecast_chapters(found), forecast_cover(found))
+        return page(self._chapters(summaries), run_cover(self.runner))
+
+    def perfetto(self) -> str:
+        """A trace for Perfetto and chrome://tracing, as JSON text."""
+        from memsched.report.perfetto import perfetto
+
+        summaries = self._summaries()
+        if not summaries:
+            return perfetto(forecast_chapters(self._forecast()))
+        return perfetto(self._chapters(summaries))
+
+    def _chapters(self, summaries: Mapping[str, Summary]) -> list[Chapter]:
+        return run_chapters(self.runner, self.cost, summaries, self._measured(summaries))
+
     def _forecast(self) -> Forecast:
         runner = self.runner
         return forecast(
@@ -216,7 +101,10 @@ class PlanReport:
     def _measured(self, summaries: Mapping[str, Summary]) -> dict[str, tuple[Line, ...]]:
         plans = self.runner.plans
         return {
-            name: pass_lines(plans[name], summaries[name], spans)
+            name: (
+                *pass_lines(plans[name], summaries[name], spans),
+                *disk_lines(self.runner.tallies.get(id(plans[name].plan))),
+            )
             for name, spans in self.runner.spans.items()
             if name in plans and len(spans) == len(plans[name].plan.actions)
         }
@@ -231,6 +119,19 @@ class PlanReport:
         return tuple(
             Line(f"{tier} peak", "B", planned[tier], float(peak)) for tier, peak in found.items()
         )
+
+
+def disk_lines(tally: Tally | None) -> tuple[Line, ...]:
+    """Bytes of the disk in a pass: as planned, and the mean of all passes of this plan. Weights
+    that were on their way when the first one began are among them.
+    """
+    if tally is None or not tally.passes:
+        return ()
+    read, written = tally.planned_bytes
+    return (
+        Line("read_bytes", "B", float(read), tally.read_bytes / tally.passes),
+        Line("written_bytes", "B", float(written), tally.written_bytes / tally.passes),
+    )
 
 
 def pass_lines(planned: Planned, summary: Summary, spans: tuple[Span, ...]) -> tuple[Line, ...]:

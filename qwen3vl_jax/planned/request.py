@@ -23,6 +23,7 @@ class Request:
     `prompt_tokens` are those of the text; pictures, (width, height) in pixels, come on top.
     `max_context` is for how many tokens a row has room, by default for no more than these. `frames`
     are pictures that are patches already, each (1, rows, columns); their marks are in the text.
+    With `block_slots` the KV cache is in blocks of so many tokens, of which full ones rest on disk.
 
     Raises:
         UsageError: a number out of range.
@@ -34,6 +35,7 @@ class Request:
     batch: int = 1
     max_context: int | None = None
     frames: tuple[Grid, ...] = ()
+    block_slots: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch"):

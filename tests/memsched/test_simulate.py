@@ -1,5 +1,8 @@
 """Predicted times, against times worked out by hand."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from programs import array, program, tiny_machine
 
@@ -13,10 +16,14 @@ from memsched.cost import (
     simulate,
     simulate_rounds,
 )
+from memsched.cost.contention import READS_AT_ONCE
+from memsched.cost.sharing import FREE, Task, share
+from memsched.cost.simulate import _rounds
 from memsched.errors import ProgramError
 from memsched.machine import Machine
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Program, Step
+from memsched.runtime import tiers
 
 
 class Table:
@@ -97,6 +104,47 @@ def test_an_update_waits_for_a_copy_that_still_reads_the_old_values() -> None:
     )
     spans = simulate(made, written, MACHINE, Table(c=3.0, change=1.0))
     assert times(spans) == [(0, 3), (3, 4)]
+
+
+def test_where_nothing_slows_anything_down_sharing_changes_no_time() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        places = range(6)
+        some = [_task(rng, places) for _ in range(40)]
+        slow = [dataclasses.replace(one, slowdown=1.0) for one in some]
+        assert share(slow) == _rounds(slow, 1)[0]
+
+
+def _task(rng: np.random.Generator, places: range) -> Task:
+    """Times are whole, so that sums are exact."""
+    if rng.random() < 0.2:
+        return Task(FREE, 0.0, (int(rng.choice(places)),), ())
+    takes, gives = (
+        tuple(map(int, rng.choice(places, int(rng.integers(0, 3)), replace=False)))
+        for _ in range(2)
+    )
+    return Task(int(rng.integers(0, 3)), float(rng.integers(1, 9)), takes, gives)
+
+
+def test_steps_and_copies_slow_each_other_down_while_they_overlap() -> None:
+    # A step of 4 s at half its speed beside a copy of 3 s at a third of its own.
+    times = share([Task(0, 4.0, (), (0,), 2.0), Task(1, 3.0, (), (1,), 3.0)])
+    # Both are done for 8 s: the step has 4 s behind it, the copy 8/3; the rest goes at full speed.
+    assert times == [(0.0, 8.0), (0.0, pytest.approx(8 + 1 / 3))]
+
+
+def test_blocks_that_are_read_together_end_together() -> None:
+    large = Task(1, 6.0, (), (0,), 1.0, blocks=6, depth=4)
+    small = Task(1, 1.0, (), (1,), 1.0, blocks=1, depth=4)
+    # Four blocks of the first, then its last two with the small one and one of what follows it.
+    last = dataclasses.replace(large, gives=(2,))
+    assert share([large, small, last]) == [(0.0, 8.0), (4.0, 8.0), (4.0, 13.0)]
+    # Alone it would have been there as soon as it is read.
+    assert share([large, small]) == [(0.0, 7.0), (4.0, 7.0)]
+
+
+def test_as_many_blocks_are_read_together_as_the_runtime_reads() -> None:
+    assert READS_AT_ONCE == tiers.READS_AT_ONCE
 
 
 def test_a_round_of_a_plan_that_follows_itself_is_taken_when_it_has_settled() -> None:

@@ -134,8 +134,14 @@ class Remembering:
 
     @staticmethod
     def _cache(rows: list[list[int]], capacity: int) -> Any:
+        length = len(rows[0])
         return types.SimpleNamespace(
-            rows=rows, batch=len(rows), capacity=capacity, length=len(rows[0]), used=False
+            rows=rows,
+            batch=len(rows),
+            capacity=capacity,
+            length=length,
+            room=capacity - length,
+            used=False,
         )
 
 

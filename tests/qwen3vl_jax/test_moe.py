@@ -7,7 +7,7 @@ from flax import nnx
 from tiny import DATA
 
 from qwen3vl_jax.config import load_config
-from qwen3vl_jax.moe import Expert, group_rows, route, run_experts
+from qwen3vl_jax.moe import Expert, add_experts, assign, choose, group_rows
 
 EXPERTS = 8
 
@@ -46,19 +46,17 @@ def test_every_row_gets_its_chosen_experts(count: int, routing: str, experts: li
         case _:
             chosen = np.tile([EXPERTS - 1, EXPERTS - 2], (count, 1))
     shares = rng.random(chosen.shape)
-    found = run_experts(
-        experts,
-        jnp.asarray(rows, jnp.float32),
-        jnp.asarray(shares, jnp.float32),
-        jnp.asarray(chosen, jnp.int32),
-    )
+    given = jnp.asarray(rows, jnp.float32)
+    assigned = jnp.asarray(shares, jnp.float32), jnp.asarray(chosen, jnp.int32)
+    routing = assign(given, *assigned, EXPERTS)
+    found = add_experts(experts, jnp.int32(0), routing, jnp.zeros_like(given))
     wanted = token_by_token(experts, rows, shares, chosen)
     np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-5)
 
 
 def test_shares_of_the_chosen_experts_sum_to_one_and_equal_scores_choose_the_first() -> None:
     scores = jnp.asarray([[0.0, 2.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]], jnp.float32)
-    shares, chosen = route(scores, 2)
+    shares, chosen = choose(scores, 2)
     np.testing.assert_array_equal(np.asarray(chosen), [[1, 3], [0, 1]])
     np.testing.assert_allclose(np.asarray(shares), 0.5, atol=1e-6)
 

@@ -120,8 +120,14 @@ class Watching:
         self.runner = runner
         self.seen: list[str] = []
 
-    def expect(self, batch: int, capacity: int) -> None:
-        self.runner.expect(batch, capacity)
+    def expect(self, batch: int, capacity: int) -> Any:
+        return self.runner.expect(batch, capacity)
+
+    def seal(self, name: str, block: Any) -> Any:
+        return self.runner.seal(name, block)
+
+    def settle(self, features: Any) -> Any:
+        return self.runner.settle(features)
 
     def wait(self) -> None:
         self.runner.wait()

@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import checkpoint_factory as factory
 import numpy as np
 import planned_models as helper
 import pytest
+from control_groups import control_group, peak_bytes
 
 from memsched.stores.direct import open_direct
 from qwen3vl_jax import Qwen3VL
@@ -27,21 +26,6 @@ BESIDE_BYTES = 20_000_000
 TOKENS = 200
 MOST_GROWTH_BYTES = 65_536  # of ten tokens
 BUFFERS_BYTES = 4 * (4 << 20)  # of as many reads as may be under way
-ROPE = {"mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"}
-SETTINGS: dict[str, Any] = {
-    "text": {
-        "head_dim": 64,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "max_position_embeddings": 4096,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 8,
-        "num_key_value_heads": 4,
-        "rope_parameters": ROPE | {"rope_theta": 5000000},
-        "vocab_size": 8192,
-    },
-    "vision": {"out_hidden_size": 512},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,63 +38,11 @@ class Ran:
     checkpoint: Path
 
 
-@contextlib.contextmanager
-def control_group(limit_bytes: int) -> Iterator[Path | None]:
-    """A memory control group with this limit; None where none can be made."""
-    group = next((found for parent in _parents() if (found := _made(parent, limit_bytes))), None)
-    try:
-        yield group
-    finally:
-        if group is not None:
-            _removed(group)
-
-
-def _parents() -> Iterator[Path]:
-    """Where groups of version 1 and 2 may be made: at the top, and where this process is."""
-    own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    for top, controller in (("/sys/fs/cgroup/memory", "memory"), ("/sys/fs/cgroup", "")):
-        for _, controllers, path in own:
-            if controller in controllers.split(","):
-                yield from (Path(top), Path(top) / path.strip("/"))
-
-
-def _made(parent: Path, limit_bytes: int) -> Path | None:
-    group = parent / f"planned-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError:
-        return None
-    for name in ("memory.limit_in_bytes", "memory.max"):
-        with contextlib.suppress(OSError):
-            if (group / name).exists():
-                (group / name).write_text(str(limit_bytes))
-                return group
-    group.rmdir()
-    return None
-
-
-def _peak_bytes(group: Path) -> int | None:
-    for name in ("memory.max_usage_in_bytes", "memory.peak"):
-        if (group / name).exists():
-            return int((group / name).read_text())
-    return None
-
-
-def _removed(group: Path) -> None:
-    for _ in range(100):
-        try:
-            group.rmdir()
-        except OSError:
-            time.sleep(0.05)  # its last process has ended, but has not left
-        else:
-            return
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """200 tokens of a model of 67 MB within 32 MB."""
     folder = tmp_path_factory.mktemp("limits")
-    tensors = factory.checkpoint(folder / "hf", dtype="bfloat16", **SETTINGS)
+    tensors = factory.checkpoint(folder / "hf", dtype="bfloat16", **helper.SETTINGS)
     store = helper.store_of(folder / "hf", folder / "store")
     with control_group(DEVICE_BYTES + BESIDE_BYTES) as group:
         asked = {
@@ -127,7 +59,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
             text=True,
             timeout=500,
         )
-        peak = None if group is None else _peak_bytes(group)
+        peak = None if group is None else peak_bytes(group)
     assert done.returncode == 0, "killed: out of memory" if done.returncode == -9 else "failed"
     found = json.loads(done.stdout.splitlines()[-1])
     return Ran(found, peak, sum(array.nbytes for array in tensors.values()), folder / "hf")

@@ -1,17 +1,12 @@
-"""The command line: in this process where that is enough, as a child where signals count."""
+"""The command line of scripts/generate.py, in this process."""
 
-import contextlib
 import importlib.util
 import io
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +200,67 @@ def test_a_conversation_goes_on_until_quit(
     assert cached[0] < cached[1]
 
 
+# ---- plans ----
+
+
+def test_a_plan_that_was_written_is_carried_out_and_reported(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plans, report, trace = (str(tmp_path / n) for n in ("p.json", "r.json", "r.perfetto.json"))
+    common = ["--model", MODEL, "-p", "what?", "-n", "3", "--greedy", "-q"]
+    assert script.main([*common, "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)["tokens"]
+    small = ["--device-memory", "1.2MB"]
+    assert script.main([*common, *small, "--dry-run", "--save-plan", plans]) == 0
+    capsys.readouterr()
+    assert script.main([*common, "--plan", plans, "--json", "--report", report]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == wanted
+    assert found["peak_bytes"]["device"] <= 1_200_000
+    assert set(found["predicted"]) == {
+        *("seconds", "decode_tokens_per_s", "peak_bytes", "read_bytes", "written_bytes"),
+    }
+    assert found["predicted"]["peak_bytes"]["device"] == found["peak_bytes"]["device"]
+    # What has no place is read for every token; the disk gives whole blocks.
+    assert found["read_bytes"] >= found["predicted"]["read_bytes"] * 0.99 > 0
+    measured = json.loads(Path(report).read_text())["measured"]["decode"]
+    lines = {line["what"]: line for line in measured}
+    assert {"a pass", "compute busy", "read_bytes", "written_bytes"} <= set(lines)
+    assert lines["written_bytes"]["measured"] == 0
+
+    assert script.main([*common, "-n", "200", "--plan", plans]) == 2
+    err = capsys.readouterr().err
+    assert "has no plan for prefill with these shapes" in err
+    assert err.count("\n") == 2
+    assert script.main([*common, *small, "--report", trace, "--adapt"]) == 0
+    assert "traceEvents" in Path(trace).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--report", "r.pdf"], 2, ".html"),
+        (["--report", "/nowhere/r.json"], 5, "no such directory"),
+        (["--plan", "nowhere.json"], 4, "nowhere.json"),
+        (["--plan", "p.json", "--draft", "prompt-lookup"], 2, "drop --draft"),
+        (["--plan", "p.json", "--dry-run"], 2, "drop one"),
+        (["--plan", "p.json", "--adapt"], 2, "drop one"),
+        (["--save-plan", "p.json"], 2, "add --dry-run"),
+    ],
+)
+def test_files_of_plans_are_refused_before_anything_is_read(
+    script: Any,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    assert script.main(["--model", "nowhere", "-p", "x", *arguments]) == code
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 2
+
+
 # ---- what goes wrong ----
 
 
@@ -295,113 +351,3 @@ def test_debug_adds_the_traceback(script: Any, capsys: pytest.CaptureFixture[str
     arguments = ["--model", MODEL, "-p", "x", "--image", "no.png", "-q"]
     assert script.main([*arguments, "--debug"]) == 4
     assert "Traceback" in capsys.readouterr().err
-
-
-# ---- as a program ----
-
-
-def test_help_and_version_answer_within_half_a_second_from_anywhere(tmp_path: Path) -> None:
-    for flag, says in (("--help", "--max-new-tokens"), ("--version", "qwen3vl-jax")):
-        seconds: list[float] = []
-        while len(seconds) < 10 and min(seconds, default=1.0) >= 0.5:
-            started = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, SCRIPT, flag],
-                cwd=tmp_path,
-                env=ENVIRONMENT,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            seconds.append(time.monotonic() - started)
-            assert (done.returncode, done.stderr) == (0, "")
-            assert says in done.stdout
-        assert min(seconds) < 0.5
-
-
-WITHOUT_TORCH = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as left:
-    assert left.code == 0, left.code
-found = {name.partition(".")[0] for name in sys.modules} & {"torch", "torchvision", "matplotlib"}
-assert not found, found
-"""
-
-
-def test_an_answer_imports_no_torch_and_survives_a_terminal_without_unicode() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, SCRIPT, "--model", MODEL, "-p", "x", "-n", "40"],
-        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.isascii()
-    assert len(done.stdout) > 10
-
-
-@contextlib.contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    pipe = subprocess.PIPE
-    command = [sys.executable, SCRIPT, *arguments]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
-
-
-def interrupted(child: subprocess.Popen[bytes]) -> float:
-    """Seconds from Ctrl-C to the end of the process."""
-    sent = time.monotonic()
-    child.send_signal(signal.SIGINT)
-    child.wait(timeout=30)
-    return time.monotonic() - sent
-
-
-def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> None:
-    with started("--model", endless, "-p", "x", "-n", "4000") as child:
-        assert child.stdout is not None
-        assert child.stdout.read(5)
-        assert interrupted(child) < 1.0
-        assert child.returncode == 130
-        assert child.communicate()[1].count(b"\n") <= 3
-
-
-@pytest.mark.parametrize("delay_s", [0.0, 0.8])
-def test_ctrl_c_ends_with_130_within_a_second_while_loading_or_compiling(
-    endless: str, delay_s: float
-) -> None:
-    with started("--model", endless, "-p", "x", "-n", "4000") as child:
-        assert child.stderr is not None
-        assert child.stderr.readline().startswith(b"loading ")
-        time.sleep(delay_s)
-        assert interrupted(child) < 1.0
-        complaints = child.stderr.read()
-        assert child.returncode == 130, complaints
-        assert complaints.count(b"\n") <= 2
-
-
-def test_ctrl_c_in_a_conversation_stops_the_answer_only(endless: str) -> None:
-    with started("--model", endless, "--interactive", "-n", "4000", "-p", "x") as child:
-        assert child.stdout is not None
-        assert child.stdout.read(5)
-        child.send_signal(signal.SIGINT)
-        err = child.communicate(b"/stats\n/quit\n", timeout=60)[1]
-        assert child.returncode == 0, err
-        assert b"Generation: " in err
-        assert b"Generation: 4000 tokens" not in err
-
-
-def test_a_reader_that_goes_away_ends_it_quietly(endless: str) -> None:
-    with started("--model", endless, "-p", "x", "-n", "4000", "-q") as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        assert child.stdout.read(5)
-        child.stdout.close()
-        assert child.wait(timeout=60) == 0
-        assert child.stderr.read() == b""

@@ -17,6 +17,8 @@ SCRIPT = ROOT / "scripts" / "plan.py"
 MACHINE = ROOT / "configs" / "machines" / "i5-10210u-sm61-nvme.toml"
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
 COMMON = (str(tiny.DATA / "dense"), "--machine", str(MACHINE), "--prompt-tokens", "20")
+HAS_CUDA_COMPILER = importlib.util.find_spec("jax_cuda12_plugin") is not None
+WITHOUT_COMPILER = pytest.mark.skipif(HAS_CUDA_COMPILER, reason="the extra aot is installed")
 
 
 @functools.cache
@@ -35,7 +37,7 @@ def test_the_json_has_what_was_promised(capsys: pytest.CaptureFixture[str]) -> N
     data = json.loads(capsys.readouterr().out.splitlines()[-1])
     wanted = {
         *("fits", "smallest_workable", "phases", "gap", "prices", "baselines", "arrays"),
-        *("assumptions", "plan_seconds"),
+        *("assumptions", "plan_seconds", "workspaces"),
     }
     assert wanted <= set(data)
     assert data["fits"] is True
@@ -74,6 +76,28 @@ def test_what_does_not_fit_ends_with_3_and_a_budget_that_does(
     assert script().main([*COMMON, "--device-memory", str(least)]) == 0
 
 
+def test_a_trace_and_a_plan_are_written(tmp_path: Path) -> None:
+    trace, plans = tmp_path / "plan.perfetto.json", tmp_path / "plans.json"
+    assert script().main([*COMMON, "--report", str(trace), "--save-plan", str(plans)]) == 0
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 50
+    saved = json.loads(plans.read_text())
+    assert [phase["phase"] for phase in saved["phases"]] == ["prefill", "scores", "decode"]
+    assert saved["report"]["fits"] is True
+
+
+def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = []
+    for size in ("9KB", "9MB"):
+        script().main([*COMMON, "--device-memory", size, "--json"])
+        keys.append(set(json.loads(capsys.readouterr().out.splitlines()[-1])))
+    wanted = {
+        *("fits", "smallest_workable", "phases", "gap", "prices", "baselines", "arrays"),
+        *("assumptions", "plan_seconds", "workspaces"),
+    }
+    assert keys[0] == wanted
+    assert wanted <= keys[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -81,7 +105,16 @@ def test_what_does_not_fit_ends_with_3_and_a_budget_that_does(
         ((*COMMON, "--images", "64"), 2, "448x448"),
         ((*COMMON, "--images", "1x900"), 2, "aspect ratio"),
         ((*COMMON, "--batch", "0"), 2, "less than 1"),
-        ((*COMMON, "--report", "plan.html"), 2, ".json or .txt"),
+        ((*COMMON, "--report", "plan.pdf"), 2, ".json, .txt, .html"),
+        ((*COMMON, "--sweep", "luck=1..2"), 2, "device-memory, host-memory"),
+        ((*COMMON, "--compare", "a.json", "b.json"), 2, "nothing else"),
+        (("--compare", "nowhere.json", "b.json"), 4, "nowhere.json"),
+        ((COMMON[0], "--aot"), 2, "add --machine"),
+        ((*COMMON, "--aot", "--sweep", "batch=1..2"), 2, "drop --compare, --sweep"),
+        ((*COMMON, "--aot", "--save-plan", "plan.json"), 2, "drop --compare, --sweep"),
+        ((COMMON[0], "--aot", "--machine", str(MACHINE.with_stem("laptop-cpu"))), 2, "on a cpu"),
+        ((COMMON[0], "--aot", "--machine", str(MACHINE.with_stem("tpu-v5e-host"))), 2, "on a tpu"),
+        pytest.param((*COMMON, "--aot"), 2, "extra 'aot'", marks=WITHOUT_COMPILER),
         ((*COMMON, "--device-memory", "much"), 2, "'much'"),
         ((*COMMON, "--max-context", "30"), 2, "max_context 30 is less"),
         (("nowhere", "--machine", str(MACHINE)), 4, "nowhere"),
@@ -123,3 +156,26 @@ def test_no_weight_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "model.safetensors").write_text("no weights at all")
     assert script().main([str(tmp_path), *COMMON[1:]]) == 0
     assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not HAS_CUDA_COMPILER, reason="needs the extra aot")
+def test_text_and_json_say_what_xla_takes_on_a_card_that_is_not_there(tmp_path: Path) -> None:
+    report = tmp_path / "plan.json"
+    arguments = [*COMMON, "--prompt-tokens", "600", "--images", "640x640", "--aot"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments, "--report", report],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiling" not in done.stderr  # no terminal
+    assert "XLA's own, of every step compiled for CUDA compute capability 6.1" in done.stdout
+    data = json.loads(report.read_text())
+    assert "6.1" in data["assumptions"]["workspace"]
+    assert {row["pass"] for row in data["workspaces"]} == {one["name"] for one in data["passes"]}
+    largest = data["workspaces"][0]
+    assert largest["compiled_bytes"] > 1 << 20
+    assert f"{largest['compiled_bytes']:,}" in done.stdout

@@ -1,0 +1,6 @@
+"""What no schedule can beat: a linear program over what can be kept from one pass to the next."""
+
+from memsched.bound.linear import Solution, least_busy_s, solve
+from memsched.bound.masses import Masses, read_masses
+
+__all__ = ["Masses", "Solution", "least_busy_s", "read_masses", "solve"]

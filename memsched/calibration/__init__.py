@@ -1,0 +1,1 @@
+"""Measures a machine, and fits a cost model to what was measured."""

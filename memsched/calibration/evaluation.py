@@ -1,0 +1,204 @@
+"""How far predictions are off, for programs that nothing was fitted to.
+
+Beside every error stands the noise floor: the error of predicting a case by its own measurement of
+the round before. No model can do better than that on a machine that changes its speed.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from memsched.calibration.trials import Measured, Trial
+from memsched.cost.coefficients import stretched
+from memsched.cost.learned import LearnedCost
+from memsched.cost.observations import CopyObservation, RunObservation, observe
+from memsched.cost.simulate import plan_seconds
+from memsched.machine import DEVICE
+from memsched.referee import verify
+
+QUANTILE = 0.9
+# A step is small that takes less than this part of its pass: hardly more than its dispatch.
+SMALL = 0.01
+# What reading takes beside a plan, and what the heap keeps of a step.
+PROCESS_BYTES = 32_000_000
+Rounds = Mapping[str, Sequence[Measured]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Score:
+    """Errors of one class of cases: of all medians in each round.
+
+    `covered` is the part of single measurements below the 90 % quantile, None where there is none.
+    """
+
+    what: str
+    cases: int
+    median: float
+    worst: float
+    noise: float
+    covered: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Peak:
+    """The most memory that a trial took on the device, predicted and measured.
+
+    `ledger_bytes` by the runtime's count, `resident_bytes` by the system's, None where it has none.
+    `process_bytes` is predicted of the latter, where the device computes in main memory.
+    """
+
+    name: str
+    predicted_bytes: int
+    process_bytes: int
+    ledger_bytes: int
+    resident_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sample:
+    """A case in one round: predicted median and quantile, and what was measured."""
+
+    key: tuple[object, ...]
+    predicted_s: float
+    high_s: float
+    seconds: tuple[float, ...]
+
+
+def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[Score, ...]:
+    """Steps, transfers and whole passes of some trials, measured in several rounds each."""
+    high = cost.at(QUANTILE)
+    whats = ("steps", "small steps", "transfers", "whole passes")
+    found: dict[str, list[list[_Sample]]] = {what: [] for what in whats}
+    for trial in trials:
+        for measured in rounds[trial.name]:
+            steps, transfers = _actions(trial, measured, cost, high)
+            least_s = SMALL * statistics.median(measured.seconds)
+            large = [one for one in steps if statistics.median(one.seconds) >= least_s]
+            found["steps"].append(large)
+            found["small steps"].append([one for one in steps if one not in large])
+            found["transfers"].append(transfers)
+            found["whole passes"].append([_pass(trial, measured, cost, high)])
+    return tuple(_score(what, some) for what, some in found.items() if any(some))
+
+
+def peaks(trials: Sequence[Trial], rounds: Rounds) -> tuple[Peak, ...]:
+    """Memory of all trials; of the rounds after the first, which also compiled."""
+    return tuple(
+        Peak(
+            trial.name,
+            planned,
+            planned + PROCESS_BYTES,
+            max(one.ledger_bytes[DEVICE] for one in rounds[trial.name]),
+            max((one.resident_bytes for one in later if one.resident_bytes), default=None),
+        )
+        for trial in trials
+        for later in [rounds[trial.name][1:]]
+        for planned in [verify(trial.plan, trial.program, trial.machine)[DEVICE]]
+    )
+
+
+def _actions(
+    trial: Trial, measured: Measured, cost: LearnedCost, high: LearnedCost
+) -> tuple[list[_Sample], list[_Sample]]:
+    """Steps and rows of transfers of one round, those with equal features together."""
+    steps: dict[tuple[object, ...], list[RunObservation]] = {}
+    copies: dict[tuple[object, ...], list[CopyObservation]] = {}
+    for spans in measured.spans:
+        for one in observe(trial.plan, trial.program, trial.machine, spans, case=trial.case):
+            if isinstance(one, RunObservation):
+                steps.setdefault((trial.name, one.features, one.beside), []).append(one)
+            else:
+                key = (trial.name, one.link, one.copies, one.nbytes, one.beside)
+                copies.setdefault(key, []).append(one)
+    return (
+        [_step(key, some, cost, high) for key, some in steps.items()],
+        [_transfer(key, some, cost, high) for key, some in copies.items()],
+    )
+
+
+def _step(
+    key: tuple[object, ...], some: list[RunObservation], cost: LearnedCost, high: LearnedCost
+) -> _Sample:
+    features = some[0].features
+    factor = stretched(some[0].beside, cost.run_slowdown(features))
+    seconds = tuple(value for one in some for value in one.seconds)
+    return _Sample(key, cost.run_s(features) * factor, high.run_s(features) * factor, seconds)
+
+
+def _transfer(
+    key: tuple[object, ...], some: list[CopyObservation], cost: LearnedCost, high: LearnedCost
+) -> _Sample:
+    one = some[0]
+    factor = stretched(one.beside, cost.copy_slowdown(one.link))
+    middle, most = (
+        model.copies_s(one.link, one.copies, one.blocks, one.nbytes) for model in (cost, high)
+    )
+    seconds = tuple(other.seconds for other in some)
+    unknown = float("inf")
+    return _Sample(key, (middle or unknown) * factor, (most or unknown) * factor, seconds)
+
+
+def _pass(trial: Trial, measured: Measured, cost: LearnedCost, high: LearnedCost) -> _Sample:
+    predicted_s, high_s = (
+        plan_seconds(trial.plan, trial.program, trial.machine, model) for model in (cost, high)
+    )
+    return _Sample((trial.name,), predicted_s, high_s, measured.seconds)
+
+
+def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
+    earlier: dict[tuple[object, ...], float] = {}
+    errors, noise, covered = [], [], []
+    for samples in rounds:
+        for one in samples:
+            middle = statistics.median(one.seconds)
+            errors.append(abs(one.predicted_s / middle - 1.0))
+            covered += [seconds <= one.high_s for seconds in one.seconds]
+            if one.key in earlier:
+                noise.append(abs(earlier[one.key] / middle - 1.0))
+            earlier[one.key] = middle
+    return Score(
+        what,
+        len(earlier),
+        statistics.median(errors),
+        max(errors),
+        statistics.median(noise) if noise else float("nan"),
+        statistics.fmean(covered),
+    )
+
+
+def scores_text(found: Sequence[Score]) -> str:
+    """A table."""
+    rows = [f"{'held out':<14}{'cases':>7}{'median':>9}{'worst':>9}{'noise':>9}{'below p90':>11}"]
+    rows += [
+        f"{one.what:<14}{one.cases:>7}{one.median:>9.1%}{one.worst:>9.1%}{one.noise:>9.1%}"
+        f"{'-' if one.covered is None else format(one.covered, '.1%'):>11}"
+        for one in found
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def peaks_text(found: Sequence[Peak]) -> str:
+    """A table of megabytes."""
+    heading = f"{'planned':>9}{'ledger':>9}{'predicted':>11}{'resident':>10}"
+    rows = [f"{'peak memory, MB':<48}{heading}"]
+    for one in found:
+        resident = "-" if one.resident_bytes is None else f"{one.resident_bytes / 1e6:,.0f}"
+        rows.append(
+            f"{one.name:<48}{one.predicted_bytes / 1e6:>9,.0f}{one.ledger_bytes / 1e6:>9,.0f}"
+            f"{one.process_bytes / 1e6:>11,.0f}{resident:>10}"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def passes_text(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> str:
+    """A table of whole passes, predicted and measured."""
+    rows = [f"{'a pass, ms':<48}{'predicted':>11}{'measured':>10}{'ratio':>8}"]
+    for trial in trials:
+        predicted = plan_seconds(trial.plan, trial.program, trial.machine, cost)
+        seconds = [value for one in rounds[trial.name] for value in one.seconds]
+        middle = statistics.median(seconds)
+        rows.append(
+            f"{trial.name:<48}{1e3 * predicted:>11.1f}{1e3 * middle:>10.1f}"
+            f"{predicted / middle:>8.2f}"
+        )
+    return "\n".join(rows) + "\n"

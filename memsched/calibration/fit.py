@@ -1,0 +1,211 @@
+"""From observations to a learned cost model: medians first, then margins on what was held out.
+
+Medians minimise the log ratio of measured over predicted, over all cases alike, held back by the
+machine's own rates where nothing was measured. Margins are fitted on what models say of programs
+that they were not fitted on: how well a model knows its own cases says nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsched.calibration.descent import descend, pinball
+from memsched.calibration.fit_links import fit_links
+from memsched.cost.coefficients import (
+    DURATIONS_S,
+    FEW_ROWS,
+    Coefficients,
+    duration_class,
+    run_log_seconds,
+    run_slowdown,
+    shapes,
+    stretched,
+    table,
+)
+from memsched.cost.contention import physical_slowdown
+from memsched.cost.features import RunFeatures
+from memsched.cost.observations import CopyObservation, Observation, RunObservation
+from memsched.cost.rates import rates_digest
+from memsched.errors import ProgramError
+from memsched.machine import Machine
+
+FOLDS = 4
+QUANTILES = (0.9,)
+FEWEST_CASES = 2
+# How strongly parameters are held: to the machine's rates, to their neighbours, to nothing.
+TO_RATES, TO_NEIGHBOURS, TO_NONE = 2e-4, 4e-3, 2e-3
+PARTLY = (0.1, 0.9)
+# Steps alone and beside copies are compared from so many of each, of so many seconds.
+FEWEST_SECONDS, SHORTEST_S = 8, 2e-4
+LEAST_EXCESS = 0.01
+MARGIN_TO_NEIGHBOURS = 1e-2
+
+
+def fit(observations: Sequence[Observation], machine: Machine, identity: str) -> Coefficients:
+    """A cost model for a machine.
+
+    Args:
+        identity: says which hardware was measured.
+
+    Raises:
+        ProgramError: less than `FEWEST_CASES` programs were measured.
+    """
+    runs = [one for one in observations if isinstance(one, RunObservation)]
+    copies = [one for one in observations if isinstance(one, CopyObservation)]
+    cases = list(dict.fromkeys(one.case for one in runs))
+    if len(cases) < FEWEST_CASES:
+        raise ProgramError(
+            f"{len(cases)} measured programs are too few to learn from, wanted {FEWEST_CASES};"
+            " measure for longer (--minutes)"
+        )
+    dtypes = tuple(sorted({one.features.dtype for one in runs}))
+    kinds = tuple(sorted({one.features.kind for one in runs}))
+    data = _data(runs, dtypes, kinds)
+    found, log_ratios = _medians(data, runs, cases, machine)
+    return Coefficients(
+        machine=rates_digest(machine),
+        identity=identity,
+        cases=len(cases),
+        profile_flops_per_s=machine.compute.flops_per_s,
+        profile_bytes_per_s=machine.compute.bytes_per_s,
+        dtypes=dtypes,
+        kinds=kinds,
+        run=found,
+        margins={str(q): _margins(runs, log_ratios, q) for q in QUANTILES},
+        links=fit_links(copies, machine, QUANTILES),
+    )
+
+
+def _data(
+    runs: Sequence[RunObservation], dtypes: Sequence[str], kinds: Sequence[str]
+) -> dict[str, Any]:
+    """Columns of features, the log of each observation's median, and equal weight for each case."""
+    columns: dict[str, Any] = table([one.features for one in runs], dtypes, kinds)
+    columns["beside"] = np.array([one.beside for one in runs])
+    columns["log_s"] = np.log([np.median(one.seconds) for one in runs])
+    keys = [(one.case, one.features) for one in runs]
+    counts: dict[tuple[str, RunFeatures], int] = {}
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    # A step that copies overlap in part says little of how they slow it: the longer it takes for
+    # any other reason, the smaller is that part.
+    clear = [not PARTLY[0] < one.beside < PARTLY[1] for one in runs]
+    columns["weight"] = np.array([1.0 / counts[key] for key in keys]) * clear
+    return {
+        name: values if values.dtype == np.int32 else values.astype(np.float32)
+        for name, values in columns.items()
+    }
+
+
+def _medians(
+    data: dict[str, Any], runs: Sequence[RunObservation], cases: Sequence[str], machine: Machine
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Parameters from all cases, and what a fold without its case says of each observation."""
+    folds = min(FOLDS, len(cases))
+    place = {case: index for index, case in enumerate(cases)}
+    fold_of = np.array([place[one.case] % folds for one in runs])
+    weights = np.stack(
+        [data["weight"] * (fold_of != fold) for fold in range(folds)] + [data["weight"]]
+    )
+    start = _start(machine, data) | {"excess": _excess(runs, machine)}
+
+    @jax.jit
+    def fitted(weights: jax.Array) -> tuple[Any, jax.Array]:
+        found = descend(lambda p: _loss(p, start, data, weights), start)
+        return found, _log_seconds(found, data)
+
+    results = [fitted(jnp.asarray(row, jnp.float32)) for row in weights]
+    held_out = np.stack([np.asarray(log_s) for _, log_s in results[:-1]])
+    found = {name: np.asarray(value, np.float64) for name, value in results[-1][0].items()}
+    return found, held_out[fold_of, np.arange(len(runs))]
+
+
+def _start(machine: Machine, data: dict[str, Any]) -> dict[str, Any]:
+    """The machine's own rates."""
+    compute = machine.compute
+    dtypes, kinds = int(data["dtype"].max()) + 1, int(data["kind"].max()) + 1
+    values = {
+        "overhead_s": math.log(max(compute.latency_s, 1e-6)),
+        "flops_per_s": math.log(compute.flops_per_s),
+        "bytes_per_s": math.log(compute.bytes_per_s),
+        "other_flops_per_s": math.log(compute.flops_per_s / 4),
+        "cache_bytes_per_s": math.log(compute.bytes_per_s / 2),
+        "value_bytes_per_s": math.log(compute.bytes_per_s / 2),
+        "sharpness": math.log(2.0),
+        "kind": 0.0,
+        "slope": 0.0,
+        "excess": 0.0,
+    }
+    return {
+        name: jnp.full(shape, values[name], jnp.float32)
+        for name, shape in shapes(dtypes, kinds).items()
+    }
+
+
+def _excess(runs: Sequence[RunObservation], machine: Machine) -> jax.Array:
+    """Log of how much longer steps of few and of many rows take beside copies than alone.
+
+    Equal steps of one program are compared: what else differs between programs plays no part.
+    """
+    seconds: dict[tuple[str, RunFeatures], tuple[list[float], list[float]]] = {}
+    for one in runs:
+        alone, beside = seconds.setdefault((one.case, one.features), ([], []))
+        if not PARTLY[0] < one.beside < PARTLY[1]:
+            (beside if one.beside >= PARTLY[1] else alone).extend(one.seconds)
+    found = []
+    for many in (False, True):
+        ratios = [
+            np.median(beside) / np.median(alone)
+            for (_, features), (alone, beside) in seconds.items()
+            if (features.rows > FEW_ROWS) is many
+            and min(len(alone), len(beside)) >= FEWEST_SECONDS
+            and np.median(alone) >= SHORTEST_S
+        ]
+        slowdown = np.median(ratios) if ratios else physical_slowdown(machine)
+        found.append(math.log(max(LEAST_EXCESS, float(slowdown) - 1.0)))
+    return jnp.asarray(found, jnp.float32)
+
+
+def _log_seconds(parameters: Any, data: dict[str, Any]) -> jax.Array:
+    slowdown = run_slowdown(parameters, data["many"], jnp)
+    factor = jnp.log(stretched(data["beside"], slowdown))
+    found: jax.Array = run_log_seconds(parameters, data, jnp) + factor
+    return found
+
+
+def _loss(parameters: Any, start: Any, data: dict[str, Any], weights: jax.Array) -> jax.Array:
+    error = data["log_s"] - _log_seconds(parameters, data)
+    misfit = jnp.sum(weights * 2.0 * pinball(error, 0.5)) / jnp.sum(weights)
+    held = sum(TO_RATES * jnp.sum((value - start[name]) ** 2) for name, value in parameters.items())
+    for name in ("flops_per_s", "bytes_per_s"):
+        held += TO_NEIGHBOURS * jnp.sum(jnp.diff(parameters[name], axis=1) ** 2)
+    held += jnp.sum((parameters["excess"] - start["excess"]) ** 2)
+    held += TO_NONE * (jnp.sum(parameters["kind"] ** 2) + jnp.sum(parameters["slope"] ** 2))
+    found: jax.Array = misfit + held
+    return found
+
+
+def _margins(
+    runs: Sequence[RunObservation], log_s: np.ndarray, quantile: float
+) -> tuple[float, ...]:
+    """Log factors by class of durations, from every single duration of the held-out cases."""
+    errors = [
+        (math.log(seconds) - predicted, duration_class(math.exp(predicted)), 1 / len(one.seconds))
+        for one, predicted in zip(runs, log_s, strict=True)
+        for seconds in one.seconds
+    ]
+    columns = [jnp.asarray(np.array(column)) for column in zip(*errors, strict=True)]
+    error, place, weight = columns[0].astype(jnp.float32), columns[1], columns[2]
+
+    def loss(margins: jax.Array) -> jax.Array:
+        missed = pinball(error - margins[place], quantile)
+        near = MARGIN_TO_NEIGHBOURS * jnp.sum(jnp.diff(margins) ** 2)
+        return jnp.sum(weight * missed) / jnp.sum(weight) + near
+
+    start = jnp.full(len(DURATIONS_S) + 1, 0.1, jnp.float32)
+    found = jax.jit(lambda: descend(loss, start))()
+    return tuple(max(0.0, round(float(value), 5)) for value in found)

@@ -1,0 +1,91 @@
+"""Coefficients of each link that was measured."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memsched.calibration.descent import descend, pinball
+from memsched.cost.coefficients import LinkCoefficients, stretched
+from memsched.cost.observations import CopyObservation
+from memsched.machine import Link, Machine
+
+FEWEST = 3  # observations of a link; with less it keeps the machine's rates
+FOLDS = 4
+TO_RATES = 2e-4
+START_SLOWDOWN = 1.1
+
+Columns = dict[str, jax.Array]
+
+
+def fit_links(
+    observations: Sequence[CopyObservation], machine: Machine, quantiles: Sequence[float]
+) -> dict[str, LinkCoefficients]:
+    """Coefficients by name of the link ("nvme->device"), in the machine's order."""
+    found = {}
+    for link in machine.links:
+        name = f"{link.source}->{link.target}"
+        some = [one for one in observations if one.link == name]
+        if len(some) >= FEWEST:
+            found[name] = _fit(some, link, quantiles)
+    return found
+
+
+def _fit(
+    observations: Sequence[CopyObservation], link: Link, quantiles: Sequence[float]
+) -> LinkCoefficients:
+    data = {
+        name: jnp.asarray([float(getattr(one, name)) for one in observations], jnp.float32)
+        for name in ("copies", "blocks", "nbytes", "beside")
+    }
+    log_s = jnp.asarray([math.log(one.seconds) for one in observations], jnp.float32)
+    start = jnp.log(
+        jnp.asarray(
+            [
+                max(link.latency_s, 1e-6) / 4,
+                max(link.latency_s, 1e-6) / 4,
+                link.bytes_per_s,
+                START_SLOWDOWN - 1.0,
+            ],
+            jnp.float32,
+        )
+    )
+    # Long rows say more of the rate than short ones: each weighs by what it moved.
+    size = jnp.sqrt(data["nbytes"] / jnp.mean(data["nbytes"])) + 0.1
+
+    @jax.jit
+    def fitted(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def loss(parameters: jax.Array) -> jax.Array:
+            error = log_s - _log_seconds(parameters, data)
+            misfit = jnp.sum(weights * 2.0 * pinball(error, 0.5)) / jnp.sum(weights)
+            return misfit + TO_RATES * jnp.sum((parameters - start) ** 2)
+
+        found: jax.Array = descend(loss, start)
+        return found, _log_seconds(found, data)
+
+    cases = list(dict.fromkeys(one.case for one in observations))
+    fold_of = np.array([cases.index(one.case) % FOLDS for one in observations])
+    folds = min(FOLDS, len(cases))
+    held_out = np.asarray(log_s - fitted(size)[1])
+    if folds > 1:
+        errors = np.stack(
+            [
+                log_s - fitted(size * jnp.asarray(fold_of != fold, jnp.float32))[1]
+                for fold in range(folds)
+            ]
+        )
+        held_out = errors[fold_of % folds, np.arange(len(observations))]
+    latency_s, block_s, rate, excess = (math.exp(float(one)) for one in fitted(size)[0])
+    margins = {
+        str(quantile): max(1.0, math.exp(float(np.quantile(held_out, quantile))))
+        for quantile in quantiles
+    }
+    return LinkCoefficients(link.bytes_per_s, latency_s, block_s, rate, 1.0 + excess, margins)
+
+
+def _log_seconds(parameters: jax.Array, data: Columns) -> jax.Array:
+    latency_s, block_s, rate, excess = jnp.exp(parameters)
+    alone = latency_s * data["copies"] + block_s * data["blocks"] + data["nbytes"] / rate
+    return jnp.log(alone * stretched(data["beside"], 1.0 + excess))

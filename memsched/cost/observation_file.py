@@ -1,0 +1,165 @@
+"""Observations on disk: JSON lines, added to by every run that learns, up to a size.
+
+Each line has the digest of the rates it belongs to. A file can be cut at its end by a crash; what
+is wrong anywhere else is refused.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memsched.cost.features import RunFeatures
+from memsched.cost.observations import (
+    MOST_SECONDS,
+    CopyObservation,
+    Observation,
+    RunObservation,
+    observe,
+)
+from memsched.cost.rates import rates_digest
+from memsched.cost.span import Span
+from memsched.cost.strict import items, number, record, whole, word
+from memsched.errors import DamagedError, StoreError
+from memsched.machine import Machine
+from memsched.plan import Plan
+from memsched.program import Program
+from memsched.whole_file import write_whole
+
+VERSION = 1
+MOST_BYTES = 4 << 20
+LONGEST_S = 1e5
+LARGEST = 1 << 60
+
+_RUN_KEYS = ("v", "machine", "run", "case", "beside", "seconds")
+_COPY_KEYS = ("v", "machine", "link", "case", "copies", "blocks", "nbytes", "beside", "seconds")
+_FEATURES = tuple(field.name for field in dataclasses.fields(RunFeatures))
+_WORDS = ("kind", "dtype")
+
+
+def append(
+    file: Path, plan: Plan, program: Program, machine: Machine, spans: Sequence[Span]
+) -> int:
+    """Adds what a pass of a plan says. Returns how many observations that is; 0 for a full file.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    return write(file, rates_digest(machine), observe(plan, program, machine, spans))
+
+
+def write(file: Path, machine: str, observations: Iterable[Observation]) -> int:
+    """Adds observations of the machine with these rates; none to a file that is full.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    found = [_line(machine, one) for one in observations]
+    text = "".join(found)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "r+b", buffering=0) as opened:
+            size = opened.seek(0, os.SEEK_END)
+            if size + len(text) > MOST_BYTES:
+                return 0
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                text = "\n" + text  # what a crash cut stays a line of its own
+            opened.write(text.encode())
+    except OSError as error:
+        raise StoreError(f"observations {file}: {error.strerror}; give another place") from error
+    return len(found)
+
+
+def replace(file: Path, machine: str, observations: Sequence[Observation]) -> int:
+    """A file of these observations and no others; the newest as far as half of a file holds them.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    lines = [_line(machine, one) for one in observations]
+    size, first = 0, len(lines)
+    while first and size + len(lines[first - 1]) <= MOST_BYTES // 2:
+        first -= 1
+        size += len(lines[first])
+    write_whole(file, "".join(lines[first:]))
+    return len(lines) - first
+
+
+def read(file: Path, machine: str) -> tuple[Observation, ...]:
+    """The observations of the machine with these rates. A line that a crash cut is left out.
+
+    Raises:
+        DamagedError: the file is no such file.
+        StoreError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            body = opened.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise StoreError(f"observations {file}: {error.strerror}") from error
+    if len(body) > MOST_BYTES:
+        raise DamagedError(f"observations {file}: larger than {MOST_BYTES:,} B; delete it")
+    found = []
+    for place, line in enumerate(body.split(b"\n"), start=1):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # cut; whatever parses is checked to the last key
+        try:
+            owner, observation = _observation(values)
+        except DamagedError as error:
+            raise DamagedError(f"observations {file}: line {place}: {error}; delete it") from None
+        if owner == machine:
+            found.append(observation)
+    return tuple(found)
+
+
+def _line(machine: str, one: Observation) -> str:
+    values = dataclasses.asdict(one)
+    if isinstance(one, RunObservation):
+        values["run"] = list(values.pop("features").values())
+    whole_line = {"v": VERSION, "machine": machine, **values}
+    return json.dumps(whole_line, separators=(",", ":")) + "\n"
+
+
+def _observation(values: Any) -> tuple[str, Observation]:
+    is_run = isinstance(values, dict) and "run" in values
+    record(values, _RUN_KEYS if is_run else _COPY_KEYS, "an observation")
+    if values["v"] != VERSION:
+        raise DamagedError(f"version {str(values['v'])[:20]} is unknown, wanted {VERSION}")
+    machine, case = word(values["machine"], "machine"), word(values["case"], "case")
+    beside = number(values["beside"], 0.0, 1.0, "beside")
+    if not is_run:
+        copies, blocks, nbytes = (
+            whole(values[key], LARGEST, key) for key in ("copies", "blocks", "nbytes")
+        )
+        seconds = number(values["seconds"], 1e-9, LONGEST_S, "seconds")
+        link = word(values["link"], "link")
+        return machine, CopyObservation(case, link, copies, blocks, nbytes, beside, seconds)
+    times = items(values["seconds"], MOST_SECONDS, "seconds")
+    if not times:
+        raise DamagedError("seconds must have at least one entry")
+    seconds_of = tuple(number(one, 1e-9, LONGEST_S, "seconds") for one in times)
+    return machine, RunObservation(case, _features(values["run"]), beside, seconds_of)
+
+
+def _features(values: Any) -> RunFeatures:
+    found = items(values, len(_FEATURES), "run")
+    if len(found) != len(_FEATURES):
+        raise DamagedError(f"run must have {len(_FEATURES)} entries, found {len(found)}")
+    checked: dict[str, Any] = {
+        name: word(value, name) if name in _WORDS else whole(value, LARGEST, name)
+        for name, value in zip(_FEATURES, found, strict=True)
+    }
+    try:
+        np.dtype(checked["dtype"])
+    except TypeError:
+        raise DamagedError(f"dtype {checked['dtype']!r} is unknown") from None
+    return RunFeatures(**checked)

@@ -1,0 +1,167 @@
+"""What was measured: features of actions with their seconds, and a file that collects them.
+
+A pass of a plan gives one observation for all steps with equal features, and one for each row of
+transfers that followed one another without a gap: a transfer by itself says little, because its
+blocks are read while the one before it ends.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from memsched.cost.features import RunFeatures, copy_features, run_features
+from memsched.cost.simulate import lane_of
+from memsched.cost.span import Span
+from memsched.machine import Machine
+from memsched.plan import Copy, Plan, Run
+from memsched.program import Program
+
+# So many durations of equal steps are kept of a pass: enough for its quantiles.
+MOST_SECONDS = 8
+# Transfers that begin within this of the end of the one before it follow it.
+GAP_S = 2e-5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunObservation:
+    """Steps with equal features in one pass of program `case`.
+
+    `beside` is the part of their time in which something was copied, to one digit.
+    """
+
+    case: str
+    features: RunFeatures
+    beside: float
+    seconds: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopyObservation:
+    """Transfers that followed one another on a link, together: how many, and in how many requests.
+
+    `beside` is the part of the time in which a step ran, to one digit.
+    """
+
+    case: str
+    link: str
+    copies: int
+    blocks: int
+    nbytes: int
+    beside: float
+    seconds: float
+
+
+Observation = RunObservation | CopyObservation
+
+
+def observe(
+    plan: Plan, program: Program, machine: Machine, spans: Sequence[Span], *, case: str = ""
+) -> tuple[Observation, ...]:
+    """What one pass says. A pass of fused steps says nothing: nobody knows what each of them took.
+
+    Args:
+        case: what the observations belong together by; the program's digest by default.
+    """
+    case = case or program.digest
+    runs = [span for span in spans if isinstance(plan.actions[span.index], Run)]
+    copies = [span for span in spans if isinstance(plan.actions[span.index], Copy)]
+    if any(span.end_s <= span.start_s for span in runs):
+        return ()
+    # What is under way when the last step ends has no end of its own.
+    end_s = max((span.end_s for span in runs), default=0.0)
+    copying, computing = union(copies), union(runs)
+    return (
+        *_runs(runs, copying, plan, program, case),
+        *_copies(
+            [span for span in copies if span.end_s < end_s], computing, plan, program, machine, case
+        ),
+    )
+
+
+def _runs(
+    spans: Sequence[Span], copying: list[Span], plan: Plan, program: Program, case: str
+) -> Iterator[RunObservation]:
+    found: dict[tuple[RunFeatures, float], list[float]] = {}
+    known: dict[str, RunFeatures] = {}
+    for span in spans:
+        action = plan.actions[span.index]
+        assert isinstance(action, Run)
+        if action.step not in known:
+            known[action.step] = run_features(program.step(action.step), program)
+        key = known[action.step], beside(span, copying)
+        found.setdefault(key, []).append(span.end_s - span.start_s)
+    for (features, part), seconds in found.items():
+        yield RunObservation(case, features, part, _few(sorted(seconds)))
+
+
+def _copies(
+    spans: Sequence[Span],
+    computing: list[Span],
+    plan: Plan,
+    program: Program,
+    machine: Machine,
+    case: str,
+) -> Iterator[CopyObservation]:
+    lanes: dict[str, list[tuple[Span, Copy]]] = {}
+    for span in spans:
+        action = plan.actions[span.index]
+        assert isinstance(action, Copy)
+        lanes.setdefault(lane_of(action), []).append((span, action))
+    for link, found in lanes.items():
+        for row in _rows(found):
+            features = [copy_features(action, program, machine) for _, action in row]
+            whole = Span(0, row[0][0].start_s, row[-1][0].end_s)
+            if whole.end_s > whole.start_s:
+                yield CopyObservation(
+                    case,
+                    link,
+                    len(row),
+                    sum(one.blocks for one in features),
+                    sum(one.nbytes for one in features),
+                    beside(whole, computing),
+                    whole.end_s - whole.start_s,
+                )
+
+
+def _rows(found: list[tuple[Span, Copy]]) -> Iterator[list[tuple[Span, Copy]]]:
+    """Transfers of a link, cut where it had nothing to do.
+
+    Cut anywhere else, what follows seems faster than it is: it was read at the same time.
+    """
+    row: list[tuple[Span, Copy]] = []
+    for span, action in sorted(found, key=lambda one: (one[0].start_s, one[0].index)):
+        if row and span.start_s > row[-1][0].end_s + GAP_S:
+            yield row
+            row = []
+        row.append((span, action))
+    if row:
+        yield row
+
+
+def _few(seconds: list[float]) -> tuple[float, ...]:
+    """Of sorted durations at most `MOST_SECONDS`, at equal distances."""
+    count = len(seconds)
+    if count <= MOST_SECONDS:
+        return tuple(seconds)
+    return tuple(seconds[(2 * i + 1) * count // (2 * MOST_SECONDS)] for i in range(MOST_SECONDS))
+
+
+def beside(span: Span, others: Sequence[Span]) -> float:
+    """The part of a span that others overlap, to one digit. `others` are of `union`."""
+    overlap = sum(
+        max(0.0, min(span.end_s, other.end_s) - max(span.start_s, other.start_s))
+        for other in others
+        if other.end_s > span.start_s and other.start_s < span.end_s
+    )
+    return round(overlap / (span.end_s - span.start_s), 1)
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The time that spans cover, as spans that do not meet."""
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda one: one.start_s):
+        if merged and span.start_s <= merged[-1].end_s:
+            end_s = max(merged[-1].end_s, span.end_s)
+            merged[-1] = Span(0, merged[-1].start_s, end_s)
+        else:
+            merged.append(span)
+    return merged

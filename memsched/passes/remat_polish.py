@@ -1,0 +1,171 @@
+"""How much memory an order of steps needs, and changes that save time without needing more."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from memsched.passes.remat_order import Order, repeatable, stays
+from memsched.program import Program
+
+NEVER = 1 << 60
+# Looking for a better order ends after so many were measured: under a second for 60 steps.
+MOST_TRIES = 1500
+# A run that is put in brings its makers along, so many of them one behind the other.
+DEEPEST = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A program, with the bytes of the arrays that count and the seconds of its steps.
+
+    `reads` and `writes` are, step by step, the arrays that count.
+    """
+
+    program: Program
+    sizes: Mapping[str, int]
+    step_s: tuple[float, ...]
+    reads: tuple[tuple[str, ...], ...]
+    writes: tuple[tuple[str, ...], ...]
+    again: frozenset[int]
+    maker: Mapping[str, int]
+    given: tuple[str, ...]
+    stays: tuple[str, ...]
+
+
+def read_runs(program: Program, sizes: Mapping[str, int], step_s: Sequence[float]) -> Runs:
+    """Reads a program once, for many orders. Arrays without a size count nothing."""
+    again = repeatable(program)
+    return Runs(
+        program=program,
+        sizes=sizes,
+        step_s=tuple(step_s),
+        reads=tuple(_counted(step.inputs, sizes) for step in program.steps),
+        writes=tuple(_counted(step.writes, sizes) for step in program.steps),
+        again=again,
+        maker={name: index for index in again for name in program.steps[index].writes},
+        given=_counted(program.given, sizes),
+        stays=_counted(stays(program), sizes),
+    )
+
+
+def _counted(names: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys(names) if name in sizes)
+
+
+def compute_s(runs: Runs, order: Order) -> float:
+    """Seconds of all steps of an order."""
+    return sum(runs.step_s[index] for index in order)
+
+
+def peak_bytes(runs: Runs, order: Order) -> int:
+    """The most that is needed at once when each array is freed right after its last reader."""
+    sizes = runs.sizes
+    made_at = dict.fromkeys(runs.given, -1)
+    until: dict[tuple[str, int], int] = {}
+    for place, index in enumerate(order):
+        for name in runs.reads[index]:
+            until[name, made_at[name]] = place
+        for name in runs.writes[index]:
+            made_at[name] = place
+            until[name, place] = place
+    for name in runs.stays:
+        until[name, made_at[name]] = NEVER
+    goes = [0] * len(order)
+    for (name, _), place in until.items():
+        if place != NEVER:
+            goes[place] += sizes[name]
+    held = most = sum(sizes[name] for name in runs.given)
+    held -= sum(sizes[name] for name in runs.given if (name, -1) not in until)
+    for place, index in enumerate(order):
+        held += sum(sizes[name] for name in runs.writes[index])
+        most = max(most, held + runs.program.steps[index].workspace_bytes)
+        held -= goes[place]
+    return most
+
+
+def polished(runs: Runs, order: Order, room_bytes: int) -> Order:
+    """An order at least as fast that keeps within a memory, as the given one does.
+
+    Repeated runs are left out that the memory does without; then others are put in, one with its
+    makers at a time, as long as that lets more be left out than came in.
+    """
+    best, tries = pruned(runs, order, room_bytes), 0
+    improved = True
+    while improved and tries < MOST_TRIES:
+        improved = False
+        for other in _with_more(runs, best):
+            tries += len(other) - len(runs.step_s)
+            found = pruned(runs, other, room_bytes)
+            faster = compute_s(runs, found) < compute_s(runs, best) * (1 - 1e-9)
+            if faster and peak_bytes(runs, found) <= room_bytes:
+                best, improved = found, True
+                break
+            if tries >= MOST_TRIES:
+                break
+    return best
+
+
+def fitted(runs: Runs, order: Order, room_bytes: int) -> Order | None:
+    """An order with more repeated runs that keeps within a memory, or None if none is found."""
+    most, tries = peak_bytes(runs, order), 0
+    while most > room_bytes and tries < MOST_TRIES:
+        found = [(peak_bytes(runs, other), other) for other in _with_more(runs, order)]
+        tries += len(found)
+        least, other = min(found, default=(most, order))
+        if least >= most:
+            return None
+        most, order = least, other
+    return order if most <= room_bytes else None
+
+
+def pruned(runs: Runs, order: Order, room_bytes: int) -> Order:
+    """The order without the repeated runs that nobody needs or that a memory does without."""
+    order = _without_idle(runs, order)
+    places = _repeated(order)
+    # The longest first; what is left out moves those behind it.
+    while places:
+        place = max(places, key=lambda at: (runs.step_s[order[at]], at))
+        places.remove(place)
+        fewer = order[:place] + order[place + 1 :]
+        if peak_bytes(runs, fewer) <= room_bytes:
+            order = _without_idle(runs, fewer)
+            places = _repeated(order)
+    return order
+
+
+def _repeated(order: Order) -> list[int]:
+    """Places of the runs that are not the first of their step."""
+    seen: set[int] = set()
+    places = []
+    for place, index in enumerate(order):
+        if index in seen:
+            places.append(place)
+        seen.add(index)
+    return places
+
+
+def _without_idle(runs: Runs, order: Order) -> Order:
+    """Leaves out repeated runs whose results nobody reads."""
+    repeated = set(_repeated(order))
+    wanted = set(runs.program.outputs)
+    kept: list[int] = []
+    for place in range(len(order) - 1, -1, -1):
+        step = runs.program.steps[order[place]]
+        if place not in repeated or not wanted.isdisjoint(step.writes):
+            kept.append(order[place])
+            wanted.difference_update(step.writes)
+            wanted.update(step.inputs)
+    return tuple(reversed(kept))
+
+
+def _with_more(runs: Runs, order: Order) -> Iterator[Order]:
+    """Orders with one run more before a reader of its results, and with some of its makers."""
+    for place, index in enumerate(order):
+        makers = [runs.maker[name] for name in runs.reads[index] if name in runs.maker]
+        for made in dict.fromkeys(makers):
+            more: tuple[int, ...] = (made,)
+            for _ in range(DEEPEST):
+                yield order[:place] + more + order[place:]
+                before = [runs.maker[n] for n in runs.reads[more[0]] if n in runs.maker]
+                if not before:
+                    break
+                more = (before[0], *more)

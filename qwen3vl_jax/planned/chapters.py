@@ -1,0 +1,87 @@
+"""Plans of a forecast or of a model as chapters: what pages and traces are made of."""
+
+from collections.abc import Mapping, Sequence
+
+from memsched.cost import CostModel
+from memsched.report import Line, Summary
+from memsched.report.chapter import Chapter, Cover
+from memsched.report.timeline import usual_spans
+from memsched.report.what_if import gains_s
+from qwen3vl_jax.planned.forecast import Forecast
+from qwen3vl_jax.planned.forecast_data import (
+    first_token_seconds,
+    forecast_assumptions,
+    request_seconds,
+    request_text,
+    tokens_of,
+)
+from qwen3vl_jax.planned.runner import PlannedRunner
+
+
+def forecast_chapters(found: Forecast) -> list[Chapter]:
+    """One for each pass, in order."""
+    machine, cost = found.machine, found.cost
+    chapters = []
+    for one in found.passes:
+        plan, program = one.plan, one.traced.program
+        last = one is found.passes[-1]
+        chapters.append(
+            Chapter(
+                name=one.work.name,
+                plan=plan,
+                program=program,
+                machine=machine,
+                summary=one.summary,
+                predicted=usual_spans(plan, program, machine, cost),
+                count=one.work.count,
+                tokens=tokens_of(one),
+                moving_s=one.moving_s,
+                gains_s=gains_s(plan, program, machine, cost) if last else {},
+            )
+        )
+    return chapters
+
+
+def forecast_cover(found: Forecast) -> Cover:
+    """What is said of the whole request."""
+    said = forecast_assumptions(found)
+    words = {name: value for name, value in said.items() if isinstance(value, str)}
+    return Cover(
+        title=f"{found.config.model_type}, {found.dtype}, on {found.machine.name}",
+        lines=(request_text(found),),
+        first_token_s=first_token_seconds(found),
+        total_s=request_seconds(found),
+        smallest_bytes=found.smallest_bytes,
+        assumptions=words,
+    )
+
+
+def run_chapters(
+    runner: PlannedRunner,
+    cost: CostModel,
+    summaries: Mapping[str, Summary],
+    lines: Mapping[str, Sequence[Line]],
+) -> list[Chapter]:
+    """One for each plan of a model; those that ran have what was measured beside it."""
+    chapters = []
+    for name, planned in runner.plans.items():
+        plan, program = planned.plan, planned.traced.program
+        chapters.append(
+            Chapter(
+                name=name,
+                plan=plan,
+                program=program,
+                machine=runner.machine,
+                summary=summaries[name],
+                predicted=usual_spans(plan, program, runner.machine, cost),
+                measured=runner.spans[name] if name in lines else (),
+                lines=lines.get(name, ()),
+            )
+        )
+    return chapters
+
+
+def run_cover(runner: PlannedRunner) -> Cover:
+    """What is said of a model."""
+    title = f"{runner.config.model_type}, {runner.dtype.name}, on {runner.machine.name}"
+    return Cover(title=title, lines=("after a run; measured are the newest passes",))

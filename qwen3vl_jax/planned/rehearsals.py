@@ -1,0 +1,185 @@
+"""Models that never existed, in shapes to measure a machine with: no weight of theirs is real.
+
+What is fitted and what is predicted differ in the shapes of the model, not only in the request.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memsched.calibration.trials import Trial, make_trial
+from memsched.machine import Machine
+from qwen3vl_jax.config import Config, TextConfig, VisionConfig, load_config
+from qwen3vl_jax.phases import phases
+from qwen3vl_jax.planned.forecast import Work, works_of
+from qwen3vl_jax.planned.granularity import vocab_rows
+from qwen3vl_jax.planned.programs import trace_phase
+from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.skeleton import shape_network
+
+FAMILY = Path(__file__).resolve().parents[2] / "configs/models/qwen3-vl-2b-instruct.json"
+HEAD_DIM = 128
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder: hidden and inner width, query and key heads, layers, vocabulary; a tower's width.
+
+    Enough layers that no cache of the processor holds them.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    layers: int
+    vocab: int = 16384
+    tower: int = 768
+    depth: int = 4
+
+    @property
+    def name(self) -> str:
+        """What is measured together."""
+        return f"{self.hidden}x{self.inner}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """One phase of a model: `tokens` of a prompt, or of an answer after that many in the cache.
+
+    `share` is how much of the weights stays in memory.
+    """
+
+    shape: Shape
+    phase: str
+    context: int = 512
+    tokens: int = 1
+    batch: int = 1
+    dtype: str = "bfloat16"
+    share: float = 1.0
+    side: int = 0
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        what = f"{self.tokens} tokens" if self.phase == "prefill" else f"after {self.context}"
+        if self.phase == "vision":
+            what = f"{self.side}x{self.side}"
+        return (
+            f"{self.phase} {self.shape.name} {self.dtype} {what} x{self.batch} at {self.share:.0%}"
+        )
+
+
+_SMALL = Shape(768, 2304, 6, 2, 12, tower=640)
+_NARROW = Shape(1024, 3072, 16, 8, 8, tower=1024)
+_MIDDLE = Shape(1536, 4096, 12, 4, 6, 32768, tower=896)
+_WIDE = Shape(2560, 9728, 32, 8, 2, 32768)
+_TESTED = Shape(2048, 6144, 16, 8, 5, 32768, tower=768, depth=5)
+_OTHER = Shape(1280, 3584, 10, 2, 8, 24576, tower=1152)
+
+CALIBRATION: tuple[Rehearsal, ...] = (
+    Rehearsal(_NARROW, "decode", 512),
+    Rehearsal(_NARROW, "prefill", tokens=128),
+    Rehearsal(_WIDE, "decode", 256, share=0.3),
+    Rehearsal(_SMALL, "decode", 512, batch=4),
+    Rehearsal(_MIDDLE, "decode", 2048),
+    Rehearsal(_SMALL, "prefill", tokens=512),
+    Rehearsal(_NARROW, "vision", side=256),
+    Rehearsal(_WIDE, "decode", 1024),
+    Rehearsal(_SMALL, "decode", 4096),
+    Rehearsal(_NARROW, "decode", 1024, share=0.5),
+    Rehearsal(_MIDDLE, "prefill", tokens=256),
+    Rehearsal(_WIDE, "decode", 256, batch=2),
+    Rehearsal(_SMALL, "vision", side=384),
+    Rehearsal(_MIDDLE, "prefill", tokens=64, share=0.4),
+    Rehearsal(_NARROW, "decode", 512, dtype="float32"),
+    Rehearsal(_MIDDLE, "decode", 512, batch=6),
+    Rehearsal(_SMALL, "prefill", tokens=128, dtype="float32"),
+    Rehearsal(_NARROW, "prefill", tokens=320, share=0.6),
+    Rehearsal(_SMALL, "decode", 1024, dtype="float32"),
+    Rehearsal(_SMALL, "prefill", tokens=16),
+    Rehearsal(_MIDDLE, "decode", 512, batch=12),
+    Rehearsal(_MIDDLE, "vision", side=320),
+    Rehearsal(_NARROW, "prefill", tokens=32),
+    Rehearsal(_WIDE, "prefill", tokens=128),
+    Rehearsal(_MIDDLE, "decode", 512, dtype="float32", share=0.5),
+)
+
+EVALUATION: tuple[Rehearsal, ...] = (
+    Rehearsal(_TESTED, "decode", 1024),
+    Rehearsal(_TESTED, "decode", 1024, share=0.6),
+    Rehearsal(_TESTED, "decode", 512, share=0.3),
+    Rehearsal(_TESTED, "decode", 512, batch=4, share=0.6),
+    Rehearsal(_TESTED, "prefill", tokens=256),
+    Rehearsal(_TESTED, "prefill", tokens=128, share=0.3),
+    Rehearsal(_TESTED, "vision", side=320),
+    Rehearsal(_OTHER, "decode", 2048),
+    Rehearsal(_OTHER, "decode", 512, share=0.5),
+    Rehearsal(_OTHER, "prefill", tokens=384),
+    Rehearsal(_OTHER, "prefill", tokens=384, share=0.5),
+    Rehearsal(_OTHER, "decode", 512, dtype="float32"),
+)
+
+
+def trials(rehearsals: tuple[Rehearsal, ...], machine: Machine) -> Iterator[Trial]:
+    """Traced and planned, one after the other."""
+    for one in rehearsals:
+        yield trial_of(one, machine)
+
+
+def trial_of(one: Rehearsal, machine: Machine) -> Trial:
+    """A rehearsal as a program with its plan."""
+    config, dtype = config_of(one.shape), np.dtype(one.dtype)
+    work = _work(one, config, dtype)
+    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
+    traced = trace_phase(phases(config)[work.phase], network, work.arrays)
+    return make_trial(
+        one.name,
+        one.shape.name,
+        traced.program,
+        traced.kernels,
+        machine,
+        share=one.share,
+        values=_values(one),
+    )
+
+
+def config_of(shape: Shape) -> Config:
+    """A config of the 2B model's family in this shape."""
+    family = load_config(FAMILY)
+    text: TextConfig = dataclasses.replace(
+        family.text,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=HEAD_DIM,
+        num_hidden_layers=shape.layers,
+        vocab_size=shape.vocab,
+    )
+    vision: VisionConfig = dataclasses.replace(
+        family.vision,
+        hidden_size=shape.tower,
+        intermediate_size=4 * shape.tower,
+        num_heads=shape.tower // 64,
+        depth=shape.depth,
+        out_hidden_size=shape.hidden,
+        deepstack_visual_indexes=(1, 2),
+    )
+    return dataclasses.replace(family, text=text, vision=vision)
+
+
+def _work(one: Rehearsal, config: Config, dtype: np.dtype) -> Work:
+    images = ((one.side, one.side),) if one.phase == "vision" else ()
+    tokens = one.tokens if one.phase == "prefill" else 1
+    context = max(one.context, tokens + 1)
+    request = Request(tokens, 1, images, one.batch, context if not images else None)
+    return next(work for work in works_of(config, request, dtype) if work.phase == one.phase)
+
+
+def _values(one: Rehearsal) -> Mapping[str, Any]:
+    """New tokens go to the last slots of the cache."""
+    return {} if one.phase == "vision" else {"start": max(0, one.context - one.tokens)}

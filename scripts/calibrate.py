@@ -1,0 +1,241 @@
+"""Measure this machine, and learn from it how long steps and transfers take.
+
+Small models of random weights are carried out by plans, as real ones are; what every action took is
+fitted to a cost model of some hundred numbers. By default it is written to the user's settings,
+where every script finds it; with --out beside that file, for --machine.
+
+python scripts/calibrate.py
+python scripts/calibrate.py --out laptop.toml --minutes 5
+python scripts/calibrate.py --evaluate --minutes 5
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_jax import console
+from qwen3vl_jax.interrupts import Guard
+
+if TYPE_CHECKING:
+    from memsched.calibration.trials import Measured, Trial
+    from memsched.cost.coefficients import Coefficients
+    from memsched.cost.observations import Observation
+    from memsched.machine import Machine
+
+# Of the time, what is spent on tracing, compiling and a first round.
+PREPARING = 0.6
+# Whatever the time is: two to fit to, one to test with.
+FEWEST = 3
+PASSES = 4
+LONGEST_TRIAL_S = 1.5
+MEASURE_S = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate. Returns an exit code of `console.run`."""
+    return console.main(_parse, calibrate, argv)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.described(__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="TOML", help="write the profile here, its cost model beside it")
+    add("--minutes", type=_minutes, default=2.0, metavar="N", help="how long to measure (2)")
+    add("--nvme-dir", type=Path, metavar="DIR", help="the disk to measure; that of temporary files")
+    add("--evaluate", action="store_true", help="also measure models that nothing is fitted to")
+    add("--from-runs", action="store_true", help="measure nothing: fit to what runs have added")
+    add("--json", action="store_true", help="write one JSON object as the last line of stdout")
+    return parser.parse_args(argv)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0.05 <= minutes <= 600:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0.05 to 600")
+    return minutes
+
+
+def calibrate(options: argparse.Namespace, guard: Guard) -> int:
+    """Measures, fits and writes what the options ask for."""
+    from memsched.calibration.scratch import Scratch
+    from memsched.detection.calibrated import user_profile
+    from memsched.detection.this_machine import detect
+    from memsched.stores import heap
+
+    profile = options.out or user_profile()
+    if options.from_runs:
+        return _learn_from_runs(profile, as_json=options.json)
+    heap.share()
+    console.say("measuring processor and disk")
+    machine = detect(options.nvme_dir, measure_s=MEASURE_S)
+    with Scratch(options.nvme_dir) as scratch:
+        trials, tested = _trials(machine, 60 * options.minutes, evaluate=options.evaluate)
+        rounds = _rounds(trials, scratch, 60 * options.minutes)
+    observations = _observations([one for one in trials if one.name not in tested], rounds)
+    coefficients = _fitted(observations, machine)
+    _write(profile, machine, coefficients, observations)
+    result = _result(profile, coefficients)
+    if options.evaluate:
+        some = [one for one in trials if one.name in tested]
+        result |= _evaluation(some, rounds, coefficients)
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _trials(
+    machine: "Machine", seconds: float, *, evaluate: bool
+) -> tuple[list["Trial"], set[str]]:
+    """As many trials as can be prepared in a part of the time, and the names of those for testing.
+
+    Trials for fitting and for testing take turns, so that both see the machine at all times.
+    """
+    from memsched.errors import DoesNotFitError
+    from qwen3vl_jax.planned.rehearsals import CALIBRATION, EVALUATION, trial_of
+
+    end = time.perf_counter() + PREPARING * seconds / 2
+    fitted, tested = list(CALIBRATION), list(EVALUATION) if evaluate else []
+    trials, names = [], set()
+    while fitted or tested:
+        # Twice as many are fitted to as are tested.
+        for source, count in ((fitted, 2), (tested, 1)):
+            for one in [source.pop(0) for _ in range(min(count, len(source)))]:
+                try:
+                    trial = trial_of(one, machine)
+                except DoesNotFitError as error:
+                    console.say(f"left out {one.name}: {error}")
+                    continue
+                trials.append(trial)
+                if source is tested:
+                    names.add(trial.name)
+        console.say(f"planned {len(trials)} programs")
+        if time.perf_counter() > end and len(trials) - len(names) >= 2:
+            break
+    return trials, names
+
+
+def _rounds(trials: list["Trial"], scratch: Any, seconds: float) -> dict[str, list["Measured"]]:
+    """All trials in turn until the time is over, at least two rounds; the first one compiles.
+
+    Trials that there is no time for in the first round are left out.
+    """
+    from memsched.calibration.trials import measure
+
+    start = time.perf_counter()
+    found: dict[str, list[Measured]] = {}
+    number = 0
+    while number < 2 or time.perf_counter() - start < seconds:
+        for trial in list(trials):
+            late = time.perf_counter() - start > PREPARING * seconds
+            if number == 0 and late and len(found) >= FEWEST:
+                trials.remove(trial)
+                continue
+            measured = measure(trial, scratch, passes=PASSES, seconds=LONGEST_TRIAL_S)
+            found.setdefault(trial.name, []).append(measured)
+            if number > 1 and time.perf_counter() - start > seconds:
+                break
+        number += 1
+        console.say(f"round {number}: {len(found)} programs, {time.perf_counter() - start:.0f} s")
+    return found
+
+
+def _observations(
+    trials: list["Trial"], rounds: dict[str, list["Measured"]]
+) -> list["Observation"]:
+    from memsched.cost.observations import observe
+
+    return [
+        observation
+        for trial in trials
+        for measured in rounds[trial.name]
+        for spans in measured.spans
+        for observation in observe(trial.plan, trial.program, trial.machine, spans, case=trial.case)
+    ]
+
+
+def _fitted(observations: Sequence["Observation"], machine: "Machine") -> "Coefficients":
+    from memsched.calibration.fit import fit
+    from memsched.detection.calibrated import hardware_identity
+
+    console.say(f"fitting {len(observations)} observations")
+    return fit(observations, machine, hardware_identity())
+
+
+def _write(
+    profile: Path,
+    machine: "Machine",
+    coefficients: "Coefficients",
+    observations: Sequence["Observation"],
+) -> None:
+    """The cost model before the profile that it belongs to; what was measured starts anew."""
+    from memsched.cost.coefficients_file import write_cost
+    from memsched.cost.observation_file import replace
+    from memsched.detection.calibrated import observation_file
+    from memsched.profiles import write_machine
+
+    profile.parent.mkdir(parents=True, exist_ok=True)
+    write_machine(machine, profile)
+    write_cost(coefficients, profile)
+    replace(observation_file(profile), coefficients.machine, observations)
+    console.say(f"wrote {profile}")
+
+
+def _learn_from_runs(profile: Path, *, as_json: bool) -> int:
+    from memsched.cost.coefficients_file import write_cost
+    from memsched.cost.observation_file import read
+    from memsched.cost.rates import rates_digest
+    from memsched.detection.calibrated import observation_file
+    from memsched.profiles import load_machine
+
+    machine = load_machine(profile)
+    observations = read(observation_file(profile), rates_digest(machine))
+    coefficients = _fitted(observations, machine)
+    write_cost(coefficients, profile)
+    console.say(f"wrote {profile}")
+    if as_json:
+        print(json.dumps(_result(profile, coefficients)))
+    return 0
+
+
+def _result(profile: Path, coefficients: "Coefficients") -> dict[str, Any]:
+    from memsched.cost.coefficients_file import cost_file
+
+    return {
+        "profile": str(profile),
+        "cost_model": str(cost_file(profile)),
+        "cases": coefficients.cases,
+        "kinds": list(coefficients.kinds),
+        "links": {name: dataclasses.asdict(link) for name, link in coefficients.links.items()},
+    }
+
+
+def _evaluation(
+    trials: list["Trial"], rounds: dict[str, list["Measured"]], coefficients: "Coefficients"
+) -> dict[str, Any]:
+    from memsched.calibration.evaluation import (
+        passes_text,
+        peaks,
+        peaks_text,
+        scores,
+        scores_text,
+    )
+    from memsched.cost.learned import LearnedCost
+
+    cost = LearnedCost(coefficients)
+    found, memory = scores(trials, rounds, cost), peaks(trials, rounds)
+    print(scores_text(found))
+    print(passes_text(trials, rounds, cost))
+    print(peaks_text(memory))
+    return {
+        "held_out": [dataclasses.asdict(one) for one in found],
+        "peaks": [dataclasses.asdict(one) for one in memory],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Observations: what a pass says, and the file that collects them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import array, program, tiny_machine
+
+from memsched.cost import Span
+from memsched.cost import observation_file as files
+from memsched.cost.observations import CopyObservation, RunObservation, observe
+from memsched.cost.rates import rates_digest
+from memsched.errors import DamagedError, StoreError
+from memsched.plan import Copy, Free, Plan, Residence, Run
+from memsched.program import Step
+
+MACHINE = tiny_machine()
+SIZE = 2000  # floats of a weight: 8,000 B, two blocks of 4096
+PROGRAM = program(
+    [
+        array("x", "input", 1),
+        *[array(f"w{i}", "weight", SIZE) for i in range(3)],
+        *[array(f"h{i}", "activation", 1) for i in range(3)],
+    ],
+    [
+        Step("s0", "k", ("x", "w0"), ("h0",), flops=2 * SIZE),
+        Step("s1", "k", ("h0", "w1"), ("h1",), flops=2 * SIZE),
+        Step("s2", "k", ("h1", "w2"), ("h2",), flops=2 * SIZE),
+    ],
+    ["h2"],
+)
+ACTIONS = (
+    Copy("w0", "nvme", "device"),
+    Copy("w1", "nvme", "device"),
+    Run("s0"),
+    Copy("w2", "nvme", "device"),
+    Run("s1"),
+    Free("w1", "device"),
+    Run("s2"),
+    Copy("w1", "nvme", "device"),
+)
+HOME = tuple(Residence(f"w{i}", "nvme") for i in range(3))
+PLAN = Plan(PROGRAM.digest, MACHINE.digest, HOME, ACTIONS, HOME)
+TIMES = [(0, 1), (1, 2), (1, 3), (4, 6), (3, 5), (5, 5), (6, 8), (8, 9)]
+SPANS = tuple(Span(index, float(a), float(b)) for index, (a, b) in enumerate(TIMES))
+
+
+def test_equal_steps_go_together_and_apart_by_what_ran_beside_them() -> None:
+    runs = [
+        one for one in observe(PLAN, PROGRAM, MACHINE, SPANS) if isinstance(one, RunObservation)
+    ]
+    # s0 ran beside the second copy for half its time, s1 beside the third; s2 alone.
+    assert [(one.beside, one.seconds) for one in runs] == [(0.5, (2.0, 2.0)), (0.0, (2.0,))]
+    assert {one.features.weight_bytes for one in runs} == {4 * SIZE}
+    assert {one.case for one in runs} == {PROGRAM.digest}
+
+
+def test_copies_that_follow_each_other_go_together() -> None:
+    copies = [
+        one for one in observe(PLAN, PROGRAM, MACHINE, SPANS) if isinstance(one, CopyObservation)
+    ]
+    # The last copy ends after the last step: nobody knows when it really did.
+    assert [(one.copies, one.blocks, one.nbytes) for one in copies] == [
+        (2, 4, 8 * SIZE),
+        (1, 2, 4 * SIZE),
+    ]
+    assert [(one.seconds, one.beside) for one in copies] == [(2.0, 0.5), (2.0, 0.5)]
+
+
+def test_fused_steps_say_nothing() -> None:
+    fused = [Span(4, 3.0, 3.0) if span.index == 4 else span for span in SPANS]
+    assert observe(PLAN, PROGRAM, MACHINE, fused) == ()
+
+
+def test_of_many_equal_steps_a_few_are_kept_at_equal_distances() -> None:
+    steps = [Step(f"s{i}", "k", ("x",), (f"h{i}",)) for i in range(80)]
+    many = program(
+        [array("x", "input", 1), *[array(f"h{i}", "activation", 1) for i in range(80)]],
+        steps,
+        ["h79"],
+    )
+    plan = Plan(many.digest, MACHINE.digest, (), tuple(Run(step.name) for step in steps), ())
+    spans = [Span(i, 100.0 * i, 100.0 * i + 80 - i) for i in range(80)]
+    (one,) = observe(plan, many, MACHINE, spans)
+    assert isinstance(one, RunObservation)
+    assert one.seconds == (6, 16, 26, 36, 46, 56, 66, 76)
+
+
+def test_what_is_appended_is_read_back_for_this_machine_only(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "machine.observations.jsonl"
+    assert files.read(file, rates_digest(MACHINE)) == ()
+    for _ in range(2):
+        assert files.append(file, PLAN, PROGRAM, MACHINE, SPANS) == 4
+    assert files.read(file, rates_digest(MACHINE)) == 2 * observe(PLAN, PROGRAM, MACHINE, SPANS)
+    faster = tiny_machine(flops_per_s=1e9)
+    assert files.read(file, rates_digest(faster)) == ()
+    assert rates_digest(MACHINE.with_capacities({"device": 1})) == rates_digest(MACHINE)
+
+
+def test_a_full_file_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "full"
+    files.append(file, PLAN, PROGRAM, MACHINE, SPANS)
+    before = file.read_bytes()
+    monkeypatch.setattr(files, "MOST_BYTES", 2 * len(before) - 1)
+    assert files.append(file, PLAN, PROGRAM, MACHINE, SPANS) == 0
+    assert file.read_bytes() == before
+
+
+def test_a_replaced_file_has_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, found = tmp_path / "full", observe(PLAN, PROGRAM, MACHINE, SPANS)
+    machine = rates_digest(MACHINE)
+    assert files.replace(file, machine, found) == 4
+    size = len(file.read_bytes())
+    monkeypatch.setattr(files, "MOST_BYTES", 2 * size - 2)
+    assert files.replace(file, machine, found) == 3
+    assert files.read(file, machine) == found[1:]
+
+
+def test_a_line_that_a_crash_cut_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "cut"
+    files.append(file, PLAN, PROGRAM, MACHINE, SPANS)
+    file.write_bytes(file.read_bytes()[:-20])
+    files.append(file, PLAN, PROGRAM, MACHINE, SPANS)
+    assert len(files.read(file, rates_digest(MACHINE))) == 7
+
+
+def run_line(**values: Any) -> str:
+    features = ["k", "float32", 1, 2, 3, 4, 5, 6]
+    good = {"v": 1, "machine": "m", "run": features, "case": "c", "beside": 0.5, "seconds": [1.0]}
+    return json.dumps(good | values)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[]", "an observation must be an object"),
+        (run_line(more=1), "'more' is one too many"),
+        (run_line(v=2), "version 2 is unknown"),
+        (run_line(seconds=[]), "at least one entry"),
+        (run_line(seconds=[0]), "seconds must be a number"),
+        (run_line(seconds=[1.0] * 9), "at most 8 entries"),
+        (run_line(beside=2), "beside must be a number from 0 to 1"),
+        (run_line(run=["k"]), "run must have 8 entries, found 1"),
+        (run_line(run=["k", "text", *[1] * 6]), "dtype 'text' is unknown"),
+        (run_line(run=["k", "float32", 1.5, *[1] * 5]), "rows must be a whole number"),
+        (run_line(case="x" * 300), "case must be a short text"),
+    ],
+)
+def test_a_wrong_line_is_refused_by_its_number(tmp_path: Path, line: str, says: str) -> None:
+    file = tmp_path / "wrong"
+    file.write_text(f"{run_line()}\n{line}\n")
+    with pytest.raises(DamagedError, match=f"line 2: .*{says}"):
+        files.read(file, "m")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="give another place"):
+        files.append(tmp_path / "file" / "observations", PLAN, PROGRAM, MACHINE, SPANS)

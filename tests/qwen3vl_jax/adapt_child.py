@@ -1,0 +1,90 @@
+"""Run by test_planned_pressure.py as its own process: `adapt_child.py JSON`.
+
+Decodes with a planned model, from the start in a memory control group if there is one. First its
+budget is lowered and raised by the call; then it adapts by itself, until a file appears. Prints one
+JSON object after each part.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import planned_models as helper
+
+from memsched.stores.heap import give_back
+from qwen3vl_jax import Qwen3VL
+from qwen3vl_jax.planned.adapt import adapting
+
+PROMPT = {"input_ids": np.array([[5, 6, 7, 8]])}
+MOST_TOKENS = 900
+SETTLING = 5
+TOKEN_S = 0.02  # as long as larger weights take; looks are 0.05 s apart
+
+
+class Decoding:
+    """Greedy decoding, token after token. `told` has them all."""
+
+    def __init__(self, model: Qwen3VL) -> None:
+        self.model = model
+        cache = model.new_cache(batch=1, capacity=MOST_TOKENS + 8)
+        self.scores, self.cache = model.prefill(PROMPT, cache)
+        self.told: list[int] = []
+
+    def tokens(self, count: int) -> None:
+        for _ in range(count):
+            self.told.append(int(np.asarray(self.scores)[0].argmax()))
+            self.scores, self.cache = self.model.decode(
+                np.array(self.told[-1:], np.int32), self.cache
+            )
+
+
+def resident_bytes() -> int:
+    give_back()
+    return int(psutil.Process().memory_info().rss)
+
+
+def by_call(model: Qwen3VL, decoding: Decoding, low: int, high: int) -> dict[str, Any]:
+    """What is resident with everything, right after a lower budget, later, and raised again."""
+    decoding.tokens(SETTLING)
+    found = [resident_bytes()]
+    model.set_memory(device_memory=low)
+    found.append(resident_bytes())
+    decoding.tokens(SETTLING)
+    found.append(resident_bytes())
+    model.set_memory(device_memory=high)
+    decoding.tokens(SETTLING)
+    found.append(resident_bytes())
+    return {"resident_bytes": found}
+
+
+def by_pressure(model: Qwen3VL, decoding: Decoding, stop: Path) -> dict[str, Any]:
+    """What was done while the group's limit was lowered from outside."""
+    with adapting(model) as adaptation:
+        while not stop.exists() and len(decoding.told) < MOST_TOKENS:
+            decoding.tokens(1)
+            time.sleep(TOKEN_S)
+    return {"told": decoding.told, "budgets": [c.after_bytes for c in adaptation.changes]}
+
+
+def main(asked: dict[str, Any]) -> None:
+    if asked["group"] is not None:
+        (Path(asked["group"]) / "cgroup.procs").write_text(str(os.getpid()))
+    model = helper.planned(
+        asked["model"], "bfloat16", machine=asked["machine"], device_memory=asked["high"]
+    )
+    decoding = Decoding(model)
+    print(json.dumps(by_call(model, decoding, asked["low"], asked["high"])), flush=True)
+    print(json.dumps(by_pressure(model, decoding, Path(asked["stop"]))), flush=True)
+    model.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

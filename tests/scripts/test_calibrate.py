@@ -1,0 +1,194 @@
+"""scripts/calibrate.py, from measuring to a file that planning finds."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memsched.calibration import descent
+from memsched.calibration.scratch import Scratch
+from memsched.calibration.trials import measure
+from memsched.cost import Roofline, plan_seconds
+from memsched.cost.coefficients_file import cost_beside, cost_file
+from memsched.cost.learned import LearnedCost
+from memsched.cost.observation_file import append, read
+from memsched.cost.observations import RunObservation
+from memsched.cost.rates import rates_digest
+from memsched.detection import calibrated as known
+from memsched.detection.this_machine import detect
+from memsched.profiles import load_machine
+from qwen3vl_jax.planned import rehearsals
+from qwen3vl_jax.planned.dry_run import dry_run
+from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
+from qwen3vl_jax.planned.rehearsals import Rehearsal, Shape, trial_of
+from qwen3vl_jax.planned.request import Request
+from scripts import calibrate, generate
+
+SMALL = Shape(256, 512, 2, 1, 2, 2048, tower=128, depth=3)
+OTHER = Shape(384, 640, 3, 1, 2, 2048, tower=128, depth=3)
+TESTED = Shape(320, 576, 2, 1, 2, 2048, tower=128, depth=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A calibration that ended well: settings it wrote to, where it measured, what it printed."""
+
+    settings: Path
+    disk: Path
+    found: dict[str, Any]
+    text: str
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Models that are measured in a moment."""
+    few = (Rehearsal(SMALL, "decode", 64), Rehearsal(OTHER, "decode", 64, share=0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsals, "CALIBRATION", few)
+        patch.setattr(rehearsals, "EVALUATION", (Rehearsal(TESTED, "decode", 64),))
+        patch.setattr(calibrate, "MEASURE_S", 0.05)
+        patch.setattr(descent, "STEPS", 200)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def done(patch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """One calibration for all tests."""
+    settings, disk = (tmp_path_factory.mktemp(name) for name in ("settings", "disk"))
+    patch.setenv("XDG_CONFIG_HOME", str(settings))
+    found, text = run("--minutes", "0.05", "--nvme-dir", str(disk), "--evaluate")
+    return Done(settings, disk, found, text)
+
+
+def run(*arguments: str) -> tuple[dict[str, Any], str]:
+    """The last line of stdout as JSON, and all lines before it."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert calibrate.main([*arguments, "--json"]) == 0
+    *lines, last = out.getvalue().splitlines()
+    return json.loads(last), "\n".join(lines)
+
+
+def test_what_was_measured_is_found_by_planning(done: Done) -> None:
+    profile = known.user_profile()
+    assert profile == done.settings / "memsched" / "machine.toml"
+    assert Path(done.found["cost_model"]) == cost_file(profile)
+    assert cost_file(profile).stat().st_size < 8000
+    # Three files are left, and nothing where it measured.
+    assert len(list(profile.parent.iterdir())) == 3
+    assert list(done.disk.iterdir()) == []
+    machine = load_machine(profile)
+    assert isinstance(cost_beside(profile, machine), LearnedCost)
+
+    # Planning takes the measured rates and what is free now.
+    here = this_machine(Budgets(nvme_dir=done.disk), measure_s=0.0)
+    assert (here.compute, here.links) == (machine.compute, machine.links)
+    cost = cost_model(Budgets(), here)
+    assert isinstance(cost, LearnedCost)
+    trial = trial_of(Rehearsal(TESTED, "decode", 64), here)
+    assert 1e-5 < plan_seconds(trial.plan, trial.program, trial.machine, cost) < 1.0
+    asked = Request(prompt_tokens=16, new_tokens=4)
+    told = dry_run(
+        rehearsals.config_of(TESTED), asked, Budgets(nvme_dir=done.disk), dtype="bfloat16"
+    ).data
+    decode = told["phases"]["decode"]
+    assert decode["seconds"] <= decode["seconds_p90"] < 1.0
+    assert told["assumptions"]["seconds"] == "learned from 2 measured programs on this machine"
+
+
+def test_a_model_that_does_not_fit_is_left_out(
+    done: Done, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = load_machine(known.user_profile())
+    large = dataclasses.replace(SMALL, hidden=1024, inner=4096)
+    with pytest.MonkeyPatch.context() as fewer:
+        fewer.setattr(
+            rehearsals,
+            "CALIBRATION",
+            (*rehearsals.CALIBRATION, Rehearsal(large, "decode", 64)),
+        )
+        trials, _ = calibrate._trials(
+            machine.with_capacities({"device": 16 << 20}), 60.0, evaluate=False
+        )
+    assert [trial.case for trial in trials] == ["256x512", "384x640"]
+    assert "left out decode 1024x4096" in capsys.readouterr().err
+
+
+def test_the_evaluation_is_of_models_that_nothing_was_fitted_to(done: Done) -> None:
+    assert {one["what"] for one in done.found["held_out"]} >= {"steps", "whole passes"}
+    assert done.found["cases"] == 2
+    (peak,) = done.found["peaks"]
+    assert peak["name"].startswith("decode 320x576")
+    assert peak["ledger_bytes"] == peak["predicted_bytes"] < peak["process_bytes"]
+    assert "below p90" in done.text
+
+
+def test_runs_can_be_learnt_from(done: Done, tmp_path: Path) -> None:
+    profile = Path(shutil.copytree(done.settings, tmp_path / "copy")) / "memsched/machine.toml"
+    file, machine = known.observation_file(profile), load_machine(profile)
+    before = read(file, rates_digest(machine))
+    trial = trial_of(Rehearsal(TESTED, "decode", 64), machine)
+    with Scratch(tmp_path) as scratch:
+        spans = measure(trial, scratch, passes=1).spans[0]
+    assert append(file, trial.plan, trial.program, machine, spans) > 0
+    after = read(file, rates_digest(machine))
+    assert after[: len(before)] == before
+    found, _ = run("--from-runs", "--out", str(profile))
+    assert found["cases"] == 3
+
+
+def test_an_answer_adds_what_it_measured(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+    file, machine = known.observation_file(known.user_profile()), load_machine(known.user_profile())
+    before = read(file, rates_digest(machine))
+    asked = ("--prompt", "hi", "-n", "3", "--greedy", "--learn", "--dtype", "bfloat16")
+    assert generate.main(asked) == 0
+    after = read(file, rates_digest(machine))
+    added = after[len(before) :]
+    assert after[: len(before)] == before
+    # The newest pass of each phase: prompt and token.
+    assert f"learned {len(added)} observations" in capsys.readouterr().err
+    assert {one.case for one in added if isinstance(one, RunObservation)} != set()
+
+
+def test_nothing_can_be_learnt_without_a_calibration(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    machine = str(tmp_path / "none.toml")
+    assert generate.main(("--prompt", "hi", "--learn", "--machine", machine)) == 2
+    assert "run scripts/calibrate.py first" in capsys.readouterr().err
+
+
+def test_a_profile_of_other_hardware_or_a_damaged_one_is_passed_over(
+    done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = detect(tmp_path, measure_s=0.0)
+    assert isinstance(known.calibrated(machine)[1], LearnedCost)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(known, "hardware_identity", lambda: "f" * 16)
+        same, cost = known.calibrated(machine)
+        assert same is machine
+        assert isinstance(cost, Roofline)
+    profile = Path(shutil.copytree(done.settings, tmp_path / "copy")) / "memsched/machine.toml"
+    cost_file(profile).write_text("{")
+    assert known.calibrated(machine, profile)[0] is machine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--minutes", "0"), 2, "not from 0.05"),
+        (("--minutes", "soon"), 2, "soon"),
+        (("--nvme-dir", "/nowhere"), 5, "/nowhere"),
+        (("--from-runs", "--out", "/nowhere/a.toml"), 2, "/nowhere/a.toml"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    assert calibrate.main(arguments) == code
+    assert says in capsys.readouterr().err

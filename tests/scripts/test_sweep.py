@@ -1,0 +1,192 @@
+"""scripts/plan.py --sweep and --compare: rows, knees, plots, and what differs."""
+
+import functools
+import importlib.util
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from memsched.errors import DoesNotFitError
+from memsched.profiles import load_machine
+from qwen3vl_jax.config import load_config
+from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.planned.forecast import forecast
+from qwen3vl_jax.planned.knees import knees, value_text
+from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.sweep import Point, Sweep, parse_sweep, run_sweep
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "plan.py"
+MACHINE = ROOT / "configs" / "machines" / "i5-10210u-sm61-nvme.toml"
+COMMON = (str(tiny.DATA / "dense"), "--machine", str(MACHINE), "--prompt-tokens", "20")
+CONFIG = load_config(tiny.DATA / "dense")
+FLOAT32 = np.dtype("float32")
+REQUEST = Request(20, 7)
+
+
+@functools.cache
+def script() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def swept(text: str, points: int = 4) -> tuple[Sweep, tuple[Point, ...]]:
+    sweep = parse_sweep(text, points)
+    machine = load_machine(MACHINE)
+    return sweep, run_sweep(sweep, CONFIG, REQUEST, machine, FLOAT32, lambda _: None)
+
+
+def test_points_are_geometric_and_within_the_range() -> None:
+    assert parse_sweep("device-memory=1GB..8GB", 4).values == (
+        10**9,
+        2 * 10**9,
+        4 * 10**9,
+        8 * 10**9,
+    )
+    assert parse_sweep("disk-rate=1GB/s..4GB/s", 3).values == (10**9, 2 * 10**9, 4 * 10**9)
+    # Counts that would be twice the same are there once.
+    assert parse_sweep("batch=1..3", 9).values == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["luck=1..2", "batch", "batch=1", "batch=2..1", "batch=a..b", "device-memory=0..1GB"]
+)
+def test_a_sweep_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_sweep(text, 4)
+
+
+def test_each_point_is_the_forecast_of_its_machine() -> None:
+    _, points = swept("device-memory=100kB..4MB")
+    assert not points[0].fits
+    assert points[-1].fits
+    for point in points:
+        machine = load_machine(MACHINE).with_capacities({"device": point.value})
+        if point.fits:
+            found = forecast(CONFIG, machine, REQUEST, dtype=FLOAT32)
+            assert point.tokens_per_s == pytest.approx(1 / found.summaries["decode"].seconds)
+        else:
+            with pytest.raises(DoesNotFitError) as refused:
+                forecast(CONFIG, machine, REQUEST, dtype=FLOAT32)
+            assert point.smallest_bytes == refused.value.smallest
+
+
+def test_knees_name_what_is_too_little_and_what_is_enough() -> None:
+    sweep, points = swept("device-memory=200kB..4MB", 6)
+    found = {knee.what.split(" ")[0]: knee.value for knee in knees(sweep, points)}
+    least, enough = found["below"], found["beyond"]
+    rates = {point.value: point.tokens_per_s for point in points}
+    best = max(rate for rate in rates.values() if rate is not None)
+    assert rates[enough] == pytest.approx(best, rel=0.01)
+    machine = load_machine(MACHINE)
+
+    def fits(nbytes: int) -> bool:
+        try:
+            forecast(CONFIG, machine.with_capacities({"device": nbytes}), REQUEST, dtype=FLOAT32)
+        except DoesNotFitError:
+            return False
+        return True
+
+    assert fits(least)
+    assert not fits(least * 9 // 10)
+
+
+def point(value: int, rate: float | None, lane: str = "nvme->device", arriving: int = 1) -> Point:
+    return Point(value, rate, 1.0, lane, value, 0, arriving, refused="" if rate else "too little")
+
+
+def test_knees_of_a_curve_made_by_hand() -> None:
+    sweep = Sweep("device-memory", (1, 2, 3, 4, 5))
+    curve = [
+        point(10**9, 1.0),
+        point(2 * 10**9, 9.2),
+        point(3 * 10**9, 10.0, "compute", 0),
+        point(4 * 10**9, 10.0, "compute", 0),
+    ]
+    assert [knee.what for knee in knees(sweep, curve)] == [
+        "2 GB has 92% of the best tokens/s",
+        "beyond 3 GB nothing gets faster: all weights that a token reads fit",
+        "between 2 GB and 3 GB the limit changes from nvme->device to compute",
+    ]
+    counts = Sweep("batch", (1, 2, 3))
+    found = knees(counts, [point(1, 1.0), point(2, 2.0), point(3, None)])
+    assert [knee.what for knee in found] == ["beyond 2 it is refused"]
+    assert [knee.what for knee in knees(counts, [point(1, None)])] == ["all of them are refused"]
+    flat = knees(counts, [point(1, 1.0), point(2, 1.0)])
+    assert [knee.what for knee in flat] == ["more of it makes nothing faster"]
+
+
+def test_values_are_written_as_people_write_them() -> None:
+    assert value_text(Sweep("device-memory", ()), 3.2e9) == "3.2 GB"
+    assert value_text(Sweep("disk-rate", ()), 2.5e8) == "250 MB/s"
+    assert value_text(Sweep("batch", ()), 12) == "12"
+
+
+def test_other_axes_change_what_they_say() -> None:
+    _, rates = swept("disk-rate=10MB..1GB", 3)
+    firsts = [one.first_token_s for one in rates]
+    # All weights come from the disk once: a hundred times the rate is sooner by far.
+    assert firsts[0] is not None
+    assert firsts[-1] is not None
+    assert firsts[0] > 10 * firsts[-1]
+    _, batches = swept("batch=1..4", 3)
+    assert [one.value for one in batches] == [1, 2, 4]
+    assert (batches[-1].tokens_per_s or 0) > (batches[0].tokens_per_s or 0)
+    _, contexts = swept("context=5..64", 3)
+    assert not contexts[0].fits
+    assert "no more than answer" in contexts[0].refused
+    assert contexts[-1].fits
+
+
+def test_the_script_prints_writes_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*COMMON, "--sweep", "device-memory=100kB..4MB", "--points", "3"]
+    for name in ("a.html", "a.png", "a.txt"):
+        assert script().main([*common, "--report", str(tmp_path / name)]) == 0
+    out = capsys.readouterr().out
+    assert "it is refused" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert (tmp_path / "a.txt").read_text() in out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<svg") == 2
+    assert "http" not in page.replace("http-equiv", "")
+    assert script().main([*common, "--json"]) == 0
+    data: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert data["axis"] == "device-memory"
+    assert [one["fits"] for one in data["points"]] == [False, True, True, True]
+    assert page.count("<tr>") == 1 + len(data["points"])
+    assert {knee["what"].split(" ")[0] for knee in data["knees"]} >= {"below", "beyond"}
+
+
+def test_two_plans_are_compared_from_either_kind_of_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, large = str(tmp_path / "small.json"), str(tmp_path / "large.json")
+    assert script().main([*COMMON, "--device-memory", "600kB", "--report", small]) == 0
+    assert script().main([*COMMON, "--device-memory", "9MB", "--save-plan", large]) == 0
+    capsys.readouterr()
+    assert script().main(["--compare", small, large, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    reports = [json.loads(Path(small).read_text()), json.loads(Path(large).read_text())["report"]]
+    rows = {row["what"]: (row["before"], row["after"]) for row in found["rows"]}
+    assert rows["tokens_per_s"] == tuple(one["tokens_per_s"] for one in reports)
+    before, after = (
+        {one["name"]: one["why"].split(":")[0] for one in report["arrays"]} for report in reports
+    )
+    kept = {name for name in before if (before[name], after[name]) == ("streamed", "pinned")}
+    assert kept == {one["name"] for one in found["moved"] if one["after"] == "pinned (device)"}
+    assert kept
+    assert script().main(["--compare", small, large]) == 0
+    assert "from streamed (host) to pinned (device)" in capsys.readouterr().out
