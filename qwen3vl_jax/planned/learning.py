@@ -1,4 +1,4 @@
-"""Adds what a run measured to what its machine was calibrated with, and says if that still holds."""
+"""Adds what a run measured to its machine's calibration, and says whether that still holds."""
 
 import dataclasses
 from collections.abc import Iterator

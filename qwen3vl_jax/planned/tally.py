@@ -16,7 +16,8 @@ MOVING = "moving"
 class Tally:
     """Passes of one plan of a phase, and bytes that the system read and wrote during them.
 
-    `spans` are those of the newest pass. What a plan that moves weights reads may still arrive during the pass after it.
+    `spans` are those of the newest pass. What a plan that moves weights reads may still arrive
+    during the pass after it.
     """
 
     phase: str
