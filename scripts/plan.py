@@ -60,6 +60,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="let XLA compile every step for the GPU of --machine, which need not be here, and say "
         "what workspace it takes (needs the extra aot)",
     )
+    _add_many_plans(parser)
+    add = parser.add_argument
+    add("--json", action="store_true", help="write one JSON object to stdout, not the text")
+    options = parser.parse_args(argv)
+    _check(options)
+    return options
+
+
+def _add_many_plans(parser: argparse.ArgumentParser) -> None:
+    """Adds what makes more than one plan, or reads them."""
     group = parser.add_argument_group("many plans")
     add = group.add_argument
     add(
@@ -75,11 +85,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("A.json", "B.json"),
         help="what differs between two files of --report or --save-plan",
     )
-    add = parser.add_argument
-    add("--json", action="store_true", help="write one JSON object to stdout, not the text")
-    options = parser.parse_args(argv)
-    _check(options)
-    return options
 
 
 def _check(options: argparse.Namespace) -> None:
