@@ -3,6 +3,8 @@
 Python runs a signal's handler between two bytecodes of the main thread, so a KeyboardInterrupt
 waits until a long call into XLA returns. The C part of the handler runs at once and writes to a
 pipe that a thread reads: if the main thread has not left the guard in time, it ends the process.
+What Ctrl-C means goes through the same pipe, so that the thread, however late it reads, takes a
+press for what it meant when it came.
 """
 
 import contextlib
@@ -22,11 +24,13 @@ class Meaning(enum.Enum):
     END: KeyboardInterrupt, and the end of the process if that is not enough in time.
     STOP: sets `stop_requested`; the second time it is END.
     RAISE: KeyboardInterrupt only.
+
+    The values are bytes in the guard's pipe, above every signal's number.
     """
 
-    END = enum.auto()
-    STOP = enum.auto()
-    RAISE = enum.auto()
+    END = 128
+    STOP = 129
+    RAISE = 130
 
 
 class Guard:
@@ -36,7 +40,6 @@ class Guard:
         self._grace_s = grace_s
         self._left = threading.Event()
         self._meaning = Meaning.END
-        self._presses_seen = 0
         self.stop_requested = False
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -44,12 +47,17 @@ class Guard:
     @contextlib.contextmanager
     def meaning(self, meaning: Meaning) -> Iterator[None]:
         """Inside, Ctrl-C means this. No request to stop is pending at the start."""
+        self._announce(meaning)
         before, self._meaning = self._meaning, meaning
-        self.stop_requested, self._presses_seen = False, 0
+        self.stop_requested = False
         try:
             yield
         finally:
             self._meaning = before
+            self._announce(before)
+
+    def _announce(self, meaning: Meaning) -> None:
+        os.write(self._writer, bytes([meaning.value]))
 
     def _handle(self, number: int, frame: object) -> None:
         if self._meaning is Meaning.STOP and not self.stop_requested:
@@ -58,12 +66,15 @@ class Guard:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
+        meaning, presses = Meaning.END, 0
         while (received := os.read(self._reader, 1)) and not self._left.is_set():
+            if received[0] >= Meaning.END.value:
+                meaning, presses = Meaning(received[0]), 0
+                continue
             if received[0] != signal.SIGINT:
                 continue
-            self._presses_seen += 1
-            harmless = self._meaning is Meaning.STOP and self._presses_seen == 1
-            if harmless or self._meaning is Meaning.RAISE:
+            presses += 1
+            if meaning is Meaning.RAISE or (meaning is Meaning.STOP and presses == 1):
                 continue
             if not self._left.wait(self._grace_s):
                 os.write(2, b"\ninterrupted\n")

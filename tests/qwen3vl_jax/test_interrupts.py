@@ -36,6 +36,23 @@ with interrupts.guarded() as guard:
     print("left", flush=True)
 """
 
+# The watching thread reads nothing until the answer has stopped, as on a busy machine.
+LATE_WATCHER = """
+import threading, time
+from qwen3vl_jax import interrupts
+from qwen3vl_jax.interrupts import Guard, Meaning
+stopped, watch = threading.Event(), Guard._watch
+Guard._watch = lambda guard: (stopped.wait(), watch(guard))
+with interrupts.guarded() as guard:
+    with guard.meaning(Meaning.STOP):
+        print("ready", flush=True)
+        while not guard.stop_requested:
+            time.sleep(0.01)
+    stopped.set()
+    time.sleep(0.8)
+    print("left", flush=True)
+"""
+
 STUCK_ANSWER = """
 import hashlib
 from qwen3vl_jax import interrupts
@@ -74,6 +91,13 @@ def test_while_answering_the_first_ctrl_c_stops_and_while_waiting_it_only_raises
     child.send_signal(signal.SIGINT)
     rest, complaints = child.communicate(timeout=20)
     assert (rest, complaints, child.returncode) == ("raised\nleft\n", "", 0)
+
+
+def test_a_request_to_stop_that_is_seen_late_does_not_end_the_process() -> None:
+    child = started(LATE_WATCHER)
+    child.send_signal(signal.SIGINT)
+    rest, complaints = child.communicate(timeout=20)
+    assert (rest, complaints, child.returncode) == ("left\n", "", 0)
 
 
 def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop() -> None:
