@@ -2,5 +2,16 @@
 
 from memsched.bound.linear import Solution, least_busy_s, solve
 from memsched.bound.masses import Masses, read_masses
+from memsched.bound.placement import Placed, placed
+from memsched.bound.whole import whole_s
 
-__all__ = ["Masses", "Solution", "least_busy_s", "read_masses", "solve"]
+__all__ = [
+    "Masses",
+    "Placed",
+    "Solution",
+    "least_busy_s",
+    "placed",
+    "read_masses",
+    "solve",
+    "whole_s",
+]

@@ -48,7 +48,7 @@ Numbers = Sequence[int | float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Columns:
+class Columns:
     """Variables: x and y of each class of weights, u of each class of values, and the seconds T.
 
     Bytes and seconds are divided by a unit each, so that tiny programs are solved as exactly as
@@ -61,6 +61,7 @@ class _Columns:
 
     @property
     def width(self) -> int:
+        """How many there are."""
         return 2 * len(self.masses.weights) + len(self.masses.values) + 1
 
     def row(
@@ -81,10 +82,10 @@ class _Columns:
 
 
 @dataclasses.dataclass(slots=True)
-class _Problem:
+class Problem:
     """Constraints `rows @ x <= limits`. `tags` are the tiers in a limit, or the lane of a row."""
 
-    columns: _Columns
+    columns: Columns
     rows: list[Row] = dataclasses.field(default_factory=list)
     limits: list[float] = dataclasses.field(default_factory=list)
     tags: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
@@ -94,6 +95,12 @@ class _Problem:
         self.rows.append(row / self.columns.byte_unit)
         self.limits.append(max(0.0, room_bytes) / self.columns.byte_unit)
         self.tags.append(tiers if room_bytes > 0 else ())
+
+    def add(self, row: Row, limit_bytes: int | float) -> None:
+        """Any other limit in bytes."""
+        self.rows.append(row / self.columns.byte_unit)
+        self.limits.append(limit_bytes / self.columns.byte_unit)
+        self.tags.append(())
 
     def busy(self, lane: str, saved: Row, whole_s: int | float) -> None:
         """A lane is busy for `whole_s` less what is saved, and no longer than T."""
@@ -134,7 +141,7 @@ def _passing(masses: Masses) -> Iterator[int | None]:
 
 def least_busy_s(masses: Masses) -> dict[str, float]:
     """How long each lane is busy at least, were it the only one that counts."""
-    problem = _problem(masses, None)
+    problem = problem_of(masses, None)
     found = {COMPUTE: masses.compute_s}
     for row, limit, tags in zip(problem.rows, problem.limits, problem.tags, strict=True):
         if row[-1] and tags != (masses.out_lane,):
@@ -149,7 +156,7 @@ def least_busy_s(masses: Masses) -> dict[str, float]:
 
 def _solve(masses: Masses, passing: int | None) -> Solution | None:
     """The bound where no weight larger than this passes through the host; None if none can."""
-    problem = _problem(masses, passing)
+    problem = problem_of(masses, passing)
     large = [
         index
         for index, one in enumerate(masses.weights)
@@ -159,7 +166,7 @@ def _solve(masses: Masses, passing: int | None) -> Solution | None:
     return None if found is None else _solution(problem, found)
 
 
-def _minimum(problem: _Problem, goal: Row, kept: Sequence[int]) -> Any | None:
+def _minimum(problem: Problem, goal: Row, kept: Sequence[int]) -> Any | None:
     """HiGHS' answer, None if there is none. Classes `kept` stay on the device or in the host."""
     # SciPy's optimisers take as long to import as a small model to plan.
     from scipy.optimize import linprog
@@ -172,13 +179,13 @@ def _minimum(problem: _Problem, goal: Row, kept: Sequence[int]) -> Any | None:
         b_ub=np.array(problem.limits),
         A_eq=np.array([columns.row(one, one) for one in only]) if only else None,
         b_eq=np.ones(len(only)) if only else None,
-        bounds=_bounds(columns),
+        bounds=bounds_of(columns),
         method="highs",
     )
     return found if found.status == 0 else None
 
 
-def _solution(problem: _Problem, found: Any) -> Solution:
+def _solution(problem: Problem, found: Any) -> Solution:
     """Reads an answer. A marginal is what T gains per unit of a limit."""
     masses, unit = problem.columns.masses, problem.columns.second_unit
     per_gb = {DEVICE: 0.0} | ({} if masses.host_capacity_bytes is None else {HOST: 0.0})
@@ -196,13 +203,13 @@ def _solution(problem: _Problem, found: Any) -> Solution:
     return Solution(max(masses.compute_s, SAFE * unit * float(found.fun)), per_gb, of_lane)
 
 
-def _problem(masses: Masses, passing: int | None) -> _Problem:
+def problem_of(masses: Masses, passing: int | None) -> Problem:
     """All constraints but bounds."""
     weights, values = masses.weights, masses.values
     copies_s = [one.count * (one.arrival_s + one.staging_s) for one in weights]
     unit_s = masses.compute_s + sum(copies_s) or 1.0
     unit_bytes = float(sum(one.count * one.device_bytes for one in weights) or 1)
-    problem = _Problem(_Columns(masses, unit_bytes, unit_s))
+    problem = Problem(Columns(masses, unit_bytes, unit_s))
     columns = problem.columns
     arrival = [one.count * one.arrival_s for one in weights]
     back = [one.count * one.back_s for one in values]
@@ -220,7 +227,7 @@ def _problem(masses: Masses, passing: int | None) -> _Problem:
     return problem
 
 
-def _hold_shares(problem: _Problem) -> None:
+def _hold_shares(problem: Problem) -> None:
     """No weight is kept twice."""
     for index in range(len(problem.columns.masses.weights)):
         only = _only(index, len(problem.columns.masses.weights))
@@ -229,7 +236,7 @@ def _hold_shares(problem: _Problem) -> None:
         problem.tags.append(())
 
 
-def _hold_windows(problem: _Problem) -> None:
+def _hold_windows(problem: Problem) -> None:
     """While a step runs: on the device, and in both tiers together."""
     masses, columns = problem.columns.masses, problem.columns
     stays = [-one.count * one.device_bytes for one in masses.values]
@@ -249,7 +256,7 @@ def _hold_windows(problem: _Problem) -> None:
             problem.hold(columns.row(either, either, spilled), room, DEVICE, HOST)
 
 
-def _hold_between(problem: _Problem, passing: int | None) -> None:
+def _hold_between(problem: Problem, passing: int | None) -> None:
     """Between two passes, and while the largest passing weight goes from the host to the device:
     then it takes room in both.
     """
@@ -270,7 +277,7 @@ def _hold_between(problem: _Problem, passing: int | None) -> None:
     problem.hold(columns.row(either, either, stays), room, DEVICE, HOST)
 
 
-def _bounds(columns: _Columns) -> list[tuple[float, float | None]]:
+def bounds_of(columns: Columns) -> list[tuple[float, float | None]]:
     """All are shares from 0 to 1, and T is no less than the compute."""
     masses = columns.masses
     bounds: list[tuple[float, float | None]] = [(0.0, 1.0)] * (columns.width - 1)

@@ -21,14 +21,20 @@ class WeightClass:
 
     `arrival_s` is its copy to the device, `staging_s` the one from "nvme" to the host (0 where
     there is none). `shares` has, by window, the steps that read one of them over all its steps.
+    `names` are in the order of their first readers.
     """
 
-    count: int
+    names: tuple[str, ...]
     device_bytes: int
     host_bytes: int
     arrival_s: float
     staging_s: float
     shares: Mapping[int, float]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.names)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,7 +177,10 @@ def _classes(
                 if name in weights:
                     own = shares[name]
                     own[index] = own.get(index, 0.0) + 1 / len(steps)
-    classes = Counter((weights[name], tuple(own.items())) for name, own in shares.items())
+    classes: dict[object, list[str]] = {}
+    for name, own in shares.items():
+        classes.setdefault((weights[name], tuple(own.items())), []).append(name)
     return tuple(
-        WeightClass(count, *numbers, dict(own)) for (numbers, own), count in classes.items()
+        WeightClass(tuple(names), *weights[names[0]], shares[names[0]])
+        for names in classes.values()
     )

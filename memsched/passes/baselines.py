@@ -2,18 +2,18 @@
 
 import dataclasses
 
-from memsched.cost import CostModel, Remembered, Roofline, plan_seconds
+from memsched.cost import CostModel, Remembered, Roofline
+from memsched.cost import plan_seconds as seconds_of
 from memsched.machine import Machine
 from memsched.passes.budgets import fastest, host_room
-from memsched.passes.caching import MOST_WEIGHTS, caching_plan
+from memsched.passes.caching import CACHES, MOST_WEIGHTS, caching_plan
+from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
-from memsched.passes.search import Found, search
+from memsched.passes.search import Found, tail_spill
 from memsched.plan import Plan
 from memsched.program import Program
-
-CACHES = ("lru", "clock", "adaptive")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +25,11 @@ class Baseline:
 
 
 def baselines(
-    program: Program, machine: Machine, cost: CostModel | None = None
+    program: Program,
+    machine: Machine,
+    cost: CostModel | None = None,
+    *,
+    plan_seconds: float | None = None,
 ) -> dict[str, Baseline]:
     """What plain ways take, by name.
 
@@ -33,27 +37,30 @@ def baselines(
     stays, the rest is streamed. "lru", "clock" and "adaptive": a cache that fetches when a step
     needs a weight, while nothing is computed; with "+ prefetch" it fetches during the step before.
 
+    A plan of `compile_plan`, or for the last phase of `compile_phases`, is never slower than any of
+    them, if all have as many `plan_seconds` and the same cost.
+
     Raises:
         DoesNotFitError: the program does not fit in any way.
     """
     grouped = group_weights({"": program}, machine)
     coarse_cost = Remembered(grouped.cost(cost or Roofline()))
     needs = read_needs(grouped.programs[""], machine, coarse_cost)
-    found = _baselines(needs)
+    found = _baselines(needs, effort_of(plan_seconds))
     return {
         name: Baseline(way.seconds, way.plan and grouped.expanded(way.plan, program))
         for name, way in found.items()
     }
 
 
-def _baselines(needs: Needs) -> dict[str, Baseline]:
-    best = fastest(needs, repeat=True)
+def _baselines(needs: Needs, effort: Effort) -> dict[str, Baseline]:
+    best = fastest(needs, repeat=True, effort=effort)
     if len(best.layout.device.pinned) == len(needs.weights):
         return {"resident": Baseline(best.seconds, best.plan)}
     room = needs.device_capacity_bytes - best.values.device_bytes
     host_bytes = host_room(needs, best.values)
     found = {}
-    tail = search(needs, best.values, room, host_bytes, repeat=True, spreads=("tail",))
+    tail = tail_spill(needs, best.values, room, host_bytes, repeat=True, effort=effort)
     if tail is not None:
         found["tail spill"] = Baseline(tail.seconds, tail.plan)
     for name in CACHES:
@@ -63,13 +70,24 @@ def _baselines(needs: Needs) -> dict[str, Baseline]:
 
 def _cache(needs: Needs, best: Found, name: str) -> dict[str, Baseline]:
     """A cache, without and with prefetch. One plan serves both: its copies do not wait."""
-    packed = len(needs.weights) <= MOST_WEIGHTS
-    plan = caching_plan(needs, best, POLICIES[name], repeat=True, packed=packed)
-    if plan is None:
+    packed = len(needs.weights) <= MOST_WEIGHTS or not needs.machine.device_is_host
+    made = _timed(needs, best, name, packed=packed)
+    if made is not None and not packed and made[1] < best.seconds:
+        # It would be chosen, so it must work.
+        packed = True
+        made = _timed(needs, best, name, packed=True)
+    if made is None:
         return {}
-    one_by_one = sum(
+    plan, together_s = made
+    one_by_one_s = sum(
         needs.cost.seconds(action, needs.program, needs.machine) for action in plan.actions
     )
-    together = plan_seconds(plan, needs.program, needs.machine, needs.cost)
     kept = plan if packed else None
-    return {name: Baseline(one_by_one, kept), f"{name} + prefetch": Baseline(together, kept)}
+    return {name: Baseline(one_by_one_s, kept), f"{name} + prefetch": Baseline(together_s, kept)}
+
+
+def _timed(needs: Needs, best: Found, name: str, *, packed: bool) -> tuple[Plan, float] | None:
+    plan = caching_plan(needs, best, POLICIES[name], repeat=True, packed=packed)
+    if plan is None:
+        return None
+    return plan, seconds_of(plan, needs.program, needs.machine, needs.cost)

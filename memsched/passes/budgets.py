@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, HOST, NVME
+from memsched.passes.effort import Effort
 from memsched.passes.lower.values import (
     ValueBudgets,
     Values,
@@ -12,8 +13,18 @@ from memsched.passes.lower.values import (
     value_budgets,
 )
 from memsched.passes.needs import Needs
-from memsched.passes.refine import refined
-from memsched.passes.search import Found, evaluate, resident_layout, search
+from memsched.passes.refine import MOST_WEIGHTS, refined
+from memsched.passes.search import (
+    USUAL,
+    Found,
+    evaluate,
+    evaluate_wrapped,
+    least_seconds,
+    resident_layout,
+    search,
+)
+from memsched.passes.starts import starts
+from memsched.passes.tune import tuned
 
 # Where everything else must be spilled to make room, the ring is tried at these multiples of the
 # largest step's weights.
@@ -21,13 +32,14 @@ RING_SHARES = (1.0, 1.5, 2.0, 3.0)
 UNLIMITED = 1 << 62
 
 
-def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0) -> Found:
+def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort = USUAL) -> Found:
     """The fastest plan by the simulator.
 
     Args:
         needs: the program and its machine.
         repeat: whether the plan follows itself.
         others_bytes: weights of other programs that are worth keeping, where everything fits.
+        effort: how much is tried.
 
     Raises:
         DoesNotFitError: there is none within the budgets.
@@ -52,13 +64,28 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0) -> Found:
                 raise
             continue
         weights_bytes = capacity - values.device_bytes
-        found = search(needs, values, weights_bytes, host_room(needs, values), repeat=repeat)
+        host_bytes = host_room(needs, values)
+        found = search(needs, values, weights_bytes, host_bytes, repeat=repeat, effort=effort)
         if found is not None:
             found = refined(needs, found, weights_bytes, repeat=repeat)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
     if best is None:
         raise _refusal(needs, smallest_bytes(needs, budgets))
+    return _improved(needs, best, repeat=repeat, effort=effort)
+
+
+def _improved(needs: Needs, best: Found, *, repeat: bool, effort: Effort) -> Found:
+    """A plan with rings that suit it better, or one that integer programming leads to."""
+    room = needs.device_capacity_bytes - best.values.device_bytes
+    host_bytes = host_room(needs, best.values)
+    best = tuned(needs, best, room, host_bytes, repeat=repeat, most_actions=effort.tune)
+    if not repeat or len(needs.weights) <= MOST_WEIGHTS:
+        return best
+    for layout in starts(needs, room, host_bytes, effort.starts):
+        if least_seconds(needs, layout) < best.seconds:
+            found = evaluate_wrapped(needs, layout, best.values, repeat=True)
+            best = found if found is not None and found.seconds < best.seconds else best
     return best
 
 

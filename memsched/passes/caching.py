@@ -7,28 +7,54 @@ from memsched.passes.lower.assemble import assemble
 from memsched.passes.lower.layout import Pool
 from memsched.passes.lower.paging import page, paging_moves
 from memsched.passes.needs import Needs
-from memsched.passes.search import Found, stacked
+from memsched.passes.recipes import stacked
+from memsched.passes.search import Found
 from memsched.plan import Plan
 
 # Offsets by first fit may need more than the bytes in use: then it is tried with that much less.
 SHRINK = 0.96
 MOST_TRIES = 16
-# First fit takes quadratic time, and regular programs of this size are streamed better.
+# First fit takes quadratic time, so offsets of larger programs are not worked out in vain.
 MOST_WEIGHTS = 100
+CACHES = ("lru", "clock", "adaptive")
 
 
 def better_cached(needs: Needs, found: Found, *, repeat: bool) -> Plan:
-    """The faster of a plan and what the policies make of a small program."""
+    """The faster of a plan and what caches make of the program; for small ones of all policies."""
     best, best_s = found.plan, found.seconds
-    if len(needs.weights) > MOST_WEIGHTS or best_s <= sum(needs.step_s):
+    if best_s <= sum(needs.step_s) * (1 + 1e-9):
         return best
-    for maker in POLICIES.values():
-        plan = caching_plan(needs, found, maker, repeat=repeat)
+    names = tuple(POLICIES) if len(needs.weights) <= MOST_WEIGHTS else CACHES
+    for name in names:
+        if least_seconds(needs, found, POLICIES[name], repeat=repeat) >= best_s:
+            continue
+        plan = caching_plan(needs, found, POLICIES[name], repeat=repeat)
         if plan is not None:
             seconds = plan_seconds(plan, needs.program, needs.machine, needs.cost)
             if seconds < best_s:
                 best, best_s = plan, seconds
     return best
+
+
+def least_seconds(needs: Needs, found: Found, maker: PolicyMaker, *, repeat: bool) -> float:
+    """What a cache copies over the busiest link, with all the room that there is.
+
+    0 where offsets may take so much room that the cache gets less: then it copies other weights.
+    """
+    if needs.machine.device_is_host and len(needs.weights) <= MOST_WEIGHTS:
+        return 0.0
+    room = needs.device_capacity_bytes - found.values.device_bytes
+    paged = page(needs, room, maker, repeat=repeat)
+    if paged is None:
+        return float("inf")
+    host = _host_pool(needs, host_room(needs, found.values), repeat=repeat)
+    resting = {} if host is None else host.pinned
+    coming = [name for names in paged.come for name in names]
+    staged = [name for name in coming if host is not None and name not in resting]
+    return max(
+        sum((needs.arrival_s[name] for name in coming), 0.0),
+        sum((needs.staging_s[name] for name in staged), 0.0),
+    )
 
 
 def caching_plan(

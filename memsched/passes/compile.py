@@ -8,6 +8,7 @@ from memsched.errors import ProgramError
 from memsched.machine import Machine
 from memsched.passes.budgets import fastest
 from memsched.passes.caching import better_cached
+from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.phases import plan_phases
@@ -25,8 +26,11 @@ def compile_plan(
     level: str = "minimal",
     *,
     repeat: bool = True,
+    plan_seconds: float | None = None,
 ) -> Plan:
     """The fastest plan for a program that keeps within the machine's budgets.
+
+    No plain way (`baselines`) is faster by prediction: if none of our own is, it is the plan.
 
     Args:
         program: what to compute.
@@ -36,16 +40,19 @@ def compile_plan(
         repeat: the plan follows itself, as decode steps do. Weights then lie after it as before it,
             and what it fetches last is what it reads first. Otherwise it starts with all weights in
             "nvme".
+        plan_seconds: about how long layouts may be tried, none for as long as is usual. It is
+            counted in simulated actions (`effort`), so that a plan does not depend on the clock.
 
     Raises:
         DoesNotFitError: no plan keeps within the budgets; it names the smallest that would do.
         ProgramError: the level is unknown, or an array is larger than a tier takes.
     """
     _check_level(level)
+    effort = effort_of(plan_seconds)
     grouped = group_weights({"": program}, machine)
     coarse_cost = Remembered(grouped.cost(cost or Roofline()))
     needs = read_needs(grouped.programs[""], machine, coarse_cost)
-    plan = rematerialised(needs, functools.partial(_once_each, repeat=repeat))
+    plan = rematerialised(needs, functools.partial(_once_each, repeat=repeat, effort=effort))
     return grouped.expanded(plan, program)
 
 
@@ -54,9 +61,12 @@ def compile_phases(
     machine: Machine,
     cost: CostModel | None = None,
     level: str = "minimal",
+    *,
+    plan_seconds: float | None = None,
 ) -> Mapping[str, Plan]:
     """Plans of phases that follow each other and share weights by name.
 
+    No plain way to run the last one alone is faster by prediction. The others keep what it keeps.
     Each plan can follow itself. Weights that several phases keep have one offset, and what an
     earlier phase keeps of a later one's weights the later one keeps, too: `bridge` moves the rest.
 
@@ -65,25 +75,27 @@ def compile_phases(
         machine: where, and within which budgets.
         cost: how long actions take; the machine's rates by default.
         level: how far values may be changed. "minimal": not at all.
+        plan_seconds: as for `compile_plan`, for all phases together.
 
     Raises:
         DoesNotFitError: a phase has no plan within the budgets.
         ProgramError: the level is unknown, or an array is larger than a tier takes.
     """
     _check_level(level)
+    effort = effort_of(plan_seconds, len(programs))
     grouped = group_weights(programs, machine)
     cost = grouped.cost(cost or Roofline())
     needs = {
         key: read_needs(program, machine, Remembered(cost))
         for key, program in grouped.programs.items()
     }
-    plans = plan_phases(needs)
+    plans = plan_phases(needs, effort)
     return {key: grouped.expanded(plan, programs[key]) for key, plan in plans.items()}
 
 
-def _once_each(needs: Needs, *, repeat: bool) -> Plan:
+def _once_each(needs: Needs, *, repeat: bool, effort: Effort) -> Plan:
     """The fastest plan that runs each step once."""
-    return better_cached(needs, fastest(needs, repeat=repeat), repeat=repeat)
+    return better_cached(needs, fastest(needs, repeat=repeat, effort=effort), repeat=repeat)
 
 
 def _check_level(level: str) -> None:

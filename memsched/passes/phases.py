@@ -3,24 +3,26 @@
 The last phase is the one repeated most, so it chooses first. Each phase before it keeps a part of
 what the last one keeps, as much as it has room for beside its own activations and its ring, even
 if it does not read it: to load it again costs more than a larger ring saves. Where there is room
-for more, it keeps weights of its own on top.
+for more, it keeps weights of its own on top. What they lose to plans of their own by that, they
+save many times when the phases change; the last one loses nothing.
 """
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from memsched.passes.budgets import fastest, host_room
+from memsched.passes.caching import better_cached
+from memsched.passes.effort import Effort
 from memsched.passes.lower.fifo import WRAPS, Wrap
 from memsched.passes.lower.layout import Layout, Pool
 from memsched.passes.lower.values import Values
 from memsched.passes.needs import Needs
 from memsched.passes.place import candidates, pinned
-from memsched.passes.search import Found, evaluate, stacked
+from memsched.passes.recipes import stacked
+from memsched.passes.search import USUAL, Found, evaluate
 from memsched.passes.stack import Stack
 from memsched.plan import Plan
 
-# A ring in the host is this many of the largest weight.
-HOST_RING = 4
 RING_SHARES = (0.5, 1.0, 1.5, 2.0, 3.0)
 # A phase takes the smallest ring among those that make it this much slower than the best.
 CLOSE_ENOUGH = 1.02
@@ -36,18 +38,26 @@ class _Decision:
     gap: int
 
 
-def plan_phases(phases: Mapping[str, Needs]) -> dict[str, Plan]:
+def plan_phases(phases: Mapping[str, Needs], effort: Effort = USUAL) -> dict[str, Plan]:
     """A plan for each phase; all repeat, and what two of them keep lies at one offset.
+
+    The last one is as fast as if it were planned alone, and so no slower than any plain way.
 
     Raises:
         DoesNotFitError: a phase has no plan within the budgets.
     """
     whole = {name: needs.device_bytes[name] for needs in phases.values() for name in needs.weights}
+    order = list(phases)[::-1]
+    less = dataclasses.replace(effort, starts=0)
     alone = {
-        key: fastest(needs, repeat=True, others_bytes=sum(whole.values()) - needs.weights_bytes)
+        key: fastest(
+            needs,
+            repeat=True,
+            others_bytes=sum(whole.values()) - needs.weights_bytes,
+            effort=effort if key == order[0] else less,
+        )
         for key, needs in phases.items()
     }
-    order = list(phases)[::-1]
     host = _host_pool(phases, alone, order)
     stack = _first_stack(phases, alone, order, whole)
     decisions = {}
@@ -60,6 +70,12 @@ def plan_phases(phases: Mapping[str, Needs]) -> dict[str, Plan]:
     plans = {}
     for key, needs in phases.items():
         made = _lay_out(needs, alone[key].values, stack, decisions[key], host)
+        if key == order[0]:
+            # Others' values may take the room that its ring in the host would need.
+            if made is None or made.seconds > alone[key].seconds:
+                made = alone[key]
+            plans[key] = better_cached(needs, made, repeat=True)
+            continue
         assert made is not None, "what was tried before fits"
         plans[key] = made.plan
     return plans
@@ -90,25 +106,31 @@ def _first_stack(
 def _host_pool(
     phases: Mapping[str, Needs], alone: Mapping[str, Found], order: Sequence[str]
 ) -> Pool | None:
-    """Who rests in the host, in all phases alike: what the last one streams comes first."""
-    first = phases[order[0]]
-    if first.machine.device_is_host:
+    """Who rests in the host, in all phases alike: those that the last one has there, and its ring.
+
+    If nothing passes through its ring, others rest there, too, as far as there is room.
+    """
+    first, own = phases[order[0]], alone[order[0]].layout
+    if own.host is None:
         return None
     room = min(host_room(phases[key], alone[key].values) for key in order)
     sizes = {name: size for key in order for name, size in _host_sizes(phases[key]).items()}
-    resting = alone[order[0]].layout.device.pinned
-    passing = [name for name in sizes if name not in resting]
-    largest = max(sizes.values(), default=0)
-    names: list[str] = []
-    if sum(sizes.values()) > room and sum(sizes[name] for name in passing) > room - largest:
-        found = candidates(first, passing, first.host_bytes, first.staging_s)
-        kept = pinned(found, room - HOST_RING * largest, largest, "time") or frozenset()
-        names = [name for name in passing if name in kept]
-        largest *= HOST_RING
+    passing = [name for name in sizes if name not in own.device.pinned]
+    staged = any(first.uses.get(name) and name not in own.host.pinned for name in passing)
+    if sum(sizes.values()) <= room:
+        return stacked(sizes, sizes, room)
+    names = [name for name in passing if name in own.host.pinned]
+    ring_bytes = max(size for name, size in sizes.items() if name not in names)
+    if staged:
+        ring_bytes = max(ring_bytes, own.host.ring_bytes)
     used = sum(sizes[name] for name in names)
-    everything = sum(sizes.values()) <= room
-    for name in (*passing, *sizes):
-        if name not in names and used + sizes[name] <= room - (0 if everything else largest):
+    if used + ring_bytes > room:
+        found = candidates(first, names, first.host_bytes, first.staging_s)
+        kept = pinned(found, room - ring_bytes, max(sizes.values()), "bytes") or frozenset()
+        names = [name for name in names if name in kept]
+        used = sum(sizes[name] for name in names)
+    for name in dict.fromkeys((*passing, *sizes)):
+        if name not in names and used + sizes[name] <= room - ring_bytes:
             names.append(name)
             used += sizes[name]
     return stacked(names, sizes, room)

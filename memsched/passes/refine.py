@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from memsched.passes.lower.fifo import WRAPS
 from memsched.passes.lower.layout import Layout
 from memsched.passes.needs import Needs
-from memsched.passes.search import Found, evaluate, stacked
+from memsched.passes.recipes import stacked
+from memsched.passes.search import Found, evaluate
 
 # The neighbours of a layout are as many as pairs of weights; each costs a simulation.
 MOST_WEIGHTS = 24

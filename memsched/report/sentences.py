@@ -58,10 +58,12 @@ def _others(chapter: Chapter) -> list[str]:
     if not known or not summary.seconds:
         return []
     name = min(known, key=lambda one: known[one])
-    ratio = known[name] / summary.seconds
-    if ratio <= 1.0:
-        return [f"The plain way {name!r} takes {ratio:.2f} times as long: no more than this plan."]
-    return [f"The best plain way, {name!r}, would take {ratio:.2f} times as long."]
+    if summary.is_no_faster_than(name):
+        return [f"Nothing faster than the plain way {name!r} was found."]
+    return [
+        f"The best plain way, {name!r}, would take "
+        f"{known[name] / summary.seconds:.2f} times as long."
+    ]
 
 
 def _size(nbytes: int) -> str:

@@ -1,6 +1,7 @@
 """What a plan does, as numbers: a pure function of plan, program, machine and cost model."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
@@ -90,6 +91,11 @@ class Summary:
     def link_bytes(self) -> dict[str, int]:
         """Bytes over each link in one pass."""
         return {lane: use.nbytes for lane, use in self.lanes.items() if lane != "compute"}
+
+    def is_no_faster_than(self, name: str) -> bool:
+        """Whether this baseline takes as long: then nothing better was found, or can be."""
+        other = self.baselines.get(name)
+        return other is not None and math.isclose(self.seconds, other, rel_tol=1e-9)
 
     def of_role(self, role: Role) -> tuple[ArrayUse, ...]:
         """Arrays with this part, the largest first."""

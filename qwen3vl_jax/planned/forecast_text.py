@@ -76,7 +76,10 @@ def _speed(found: Forecast) -> Sequence[RenderableType]:
     if known:
         name = min(known, key=lambda way: known[way])
         times = known[name] / decode.seconds
-        lines.append(line(f"  the best plain way, {name}, takes {times:.2f} times this plan"))
+        text = f"the best plain way, {name}, takes {times:.2f} times this plan"
+        if decode.is_no_faster_than(name):
+            text = f"nothing faster than the plain way, {name}, was found"
+        lines.append(line(f"  {text}"))
     lines += [
         line(f"  {MORE[name]}: +{gain:,.2f} tokens/s")
         for name, gain in rate_gains(found).items()

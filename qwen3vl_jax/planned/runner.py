@@ -168,8 +168,8 @@ class PlannedRunner:
             self.executor.reserve((count - 1) * shapes.block_bytes)
         self._take_turns(shapes, self._living.nbytes_beside(()))
         if self.executor.held and self._adopted is None:
-            made = self._plan_group()
-            self._bring(next(plan for key, plan in made.items() if key[0] == "decode"))
+            key = next(key for key in self._group if key[0] == "decode")
+            self._bring(self._plans.get(key) or self._plan_group()[key])
         return CacheForm(batch, shapes.slots, shapes.block_slots)
 
     @alone

@@ -271,6 +271,14 @@ def test_sentences_say_what_stays_what_moves_and_what_sets_the_pace() -> None:
     assert others.startswith("The best plain way, 'tail spill', would take ")
 
 
+def test_where_a_plain_way_is_as_fast_a_sentence_says_so() -> None:
+    chapter = naive_chapter()
+    as_fast = {"tail spill": chapter.summary.seconds, "lru": 2 * chapter.summary.seconds}
+    summary = dataclasses.replace(chapter.summary, baselines=as_fast)
+    *_, others = sentences(dataclasses.replace(chapter, summary=summary))
+    assert others == "Nothing faster than the plain way 'tail spill' was found."
+
+
 # ---- the page ----
 
 

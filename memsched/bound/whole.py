@@ -1,0 +1,163 @@
+"""The bound when weights are not divisible: they move and stay as a whole.
+
+While a step runs, the device holds all that it streams. The linear program spreads that evenly over
+all steps, down to parts of arrays; but some step streams the most, and that is a sum of whole
+arrays. So every such sum is tried: then no step streams more, what is kept leaves room for it, and
+numbers of arrays are integers. The least of all is the bound.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memsched.bound.linear import SAFE, Problem, bounds_of, problem_of
+from memsched.bound.masses import Masses
+
+# Weights smaller than this share of the largest may be streamed beside any sum.
+TINY = 0.01
+# Sums are put together to so many ranges. A step of too many is taken to stream what it likes.
+MOST_RANGES = 24
+MOST_SUMS = 20_000
+# Of larger classes the share is divisible: that makes no difference to see.
+MOST_COUNTED = 1000
+# Integers are looked for in so many nodes; what is known by then is a bound, too.
+MOST_NODES = 200
+# HiGHS' word for it, in SciPy's numbers.
+IMPOSSIBLE = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Range:
+    """The most that a step streams is from `least_bytes` to `most_bytes`, tiny ones aside."""
+
+    least_bytes: int
+    most_bytes: int
+
+
+def whole_s(masses: Masses) -> float:
+    """Seconds that no schedule of a pass can beat; those of compute if no more is known."""
+    best: float | None = None
+    for relaxed_s, problem in by_seconds(problem for _, problem in narrowed(masses)):
+        if best is not None and relaxed_s >= best:
+            break
+        found = minimum(problem, integers=True)
+        if found.status != IMPOSSIBLE:
+            seconds = max(relaxed_s, seconds_of(problem, found.mip_dual_bound))
+            best = seconds if best is None else min(best, seconds)
+    return masses.compute_s if best is None else max(masses.compute_s, best)
+
+
+def by_seconds(problems: Iterable[Problem]) -> list[tuple[float, Problem]]:
+    """Problems that can be solved, the least seconds first, arrays being divisible."""
+    solved = [(minimum(problem, integers=False), problem) for problem in problems]
+    possible = [
+        (seconds_of(problem, found.fun), problem)
+        for found, problem in solved
+        if found.status != IMPOSSIBLE
+    ]
+    return sorted(possible, key=lambda one: one[0])
+
+
+def seconds_of(problem: Problem, value: float | None) -> float:
+    """What HiGHS says of T, in seconds; 0 if it does not know."""
+    return SAFE * problem.columns.second_unit * float(value or 0.0)
+
+
+def narrowed(masses: Masses) -> Iterator[tuple[int, Problem]]:
+    """The linear program for each range in which the most that a step streams can be.
+
+    With the least of that range. Together they have all schedules.
+    """
+    sums = [_sums(masses, window) for window in range(len(masses.windows))]
+    for one in _ranges(sums):
+        yield one.least_bytes, _narrowed(masses, sums, one)
+
+
+def _sums(masses: Masses, window: int) -> tuple[int, ...]:
+    """All that a step can stream, but tiny weights: sums of the others. None if they are many."""
+    tiny_bytes = _tiny_bytes(masses)
+    counts: dict[int, float] = {}
+    for one in masses.weights:
+        if one.device_bytes > tiny_bytes:
+            share = one.count * one.shares.get(window, 0.0)
+            counts[one.device_bytes] = counts.get(one.device_bytes, 0.0) + share
+    found = {0}
+    for size, count in counts.items():
+        more = [size * times for times in range(round(count) + 1)]
+        if len(found) * len(more) > MOST_SUMS:
+            return ()
+        found = {one + other for one, other in itertools.product(found, more)}
+    return tuple(sorted(found))
+
+
+def _tiny_bytes(masses: Masses) -> float:
+    return TINY * max((one.device_bytes for one in masses.weights), default=0)
+
+
+def _ranges(sums: Sequence[tuple[int, ...]]) -> Iterator[_Range]:
+    """All sums of all windows, in few ranges."""
+    found = sorted({one for window in sums for one in window})
+    stride = -(-len(found) // MOST_RANGES) or 1
+    for first in range(0, len(found), stride):
+        last = min(first + stride, len(found)) - 1
+        yield _Range(found[first], found[last])
+
+
+def _narrowed(masses: Masses, sums: Sequence[tuple[int, ...]], one: _Range) -> Problem:
+    """The linear program for schedules in which the most that a step streams is in a range."""
+    problem = problem_of(masses, None)
+    columns = problem.columns
+    tiny_bytes = _tiny_bytes(masses)
+    rooms = []
+    for index, (window, known) in enumerate(zip(masses.windows, sums, strict=True)):
+        if not known:
+            continue
+        if known[-1] >= one.least_bytes:
+            rooms.append(window.touched_bytes + window.idle_bytes)
+        most = known[bisect.bisect_right(known, one.most_bytes) - 1]
+        streamed = [
+            weight.count * weight.shares.get(index, 0.0) * weight.device_bytes
+            if weight.device_bytes > tiny_bytes
+            else 0.0
+            for weight in masses.weights
+        ]
+        limit = most - sum(streamed)
+        problem.add(columns.row([-nbytes for nbytes in streamed]), limit)
+    if rooms:
+        kept = [weight.count * weight.device_bytes for weight in masses.weights]
+        stays = [-value.count * value.device_bytes for value in masses.values]
+        room = masses.device_capacity_bytes - min(rooms) - one.least_bytes
+        problem.add(columns.row(kept, (), stays), room)
+    return problem
+
+
+def minimum(problem: Problem, *, integers: bool) -> Any:
+    """HiGHS' answer: the least T. Of weights, numbers of arrays take the place of shares."""
+    # SciPy's optimisers take as long to import as a small model to plan.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    columns = problem.columns
+    counts = _counts(columns.masses)
+    lower, upper = (np.array(one, float) for one in zip(*bounds_of(columns), strict=True))
+    upper[np.isnan(upper)] = np.inf
+    upper[:-1] *= counts
+    return milp(
+        columns.row(seconds=1.0),
+        integrality=np.array([*(counts <= MOST_COUNTED), False], int) if integers else None,
+        bounds=Bounds(lower, upper),
+        constraints=LinearConstraint(
+            np.array(problem.rows) / np.array([*counts, 1.0]), -np.inf, np.array(problem.limits)
+        ),
+        options={"node_limit": MOST_NODES, "mip_rel_gap": 1e-4} if integers else None,
+    )
+
+
+def _counts(masses: Masses) -> npt.NDArray[np.float64]:
+    """How many arrays a share of 1 is, for all variables but the seconds."""
+    weights = [one.count for one in masses.weights]
+    return np.array([*weights, *weights, *(one.count for one in masses.values)], float)

@@ -1,0 +1,111 @@
+"""No plain way is faster than what is planned, and less time for planning makes no wrong plan."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from decoders import computer, decoder, tower
+from programs import TINY, random_program, tiny_machine
+
+from memsched.cost import Roofline, plan_seconds
+from memsched.errors import DoesNotFitError, ProgramError
+from memsched.machine import HOST, NVME, Machine
+from memsched.passes.baselines import baselines
+from memsched.passes.compile import compile_phases, compile_plan
+from memsched.passes.effort import Effort, effort_of
+from memsched.plan import Plan
+from memsched.program import Program
+from memsched.referee import verify
+
+LAYERS = 8
+DECODER = decoder(layers=LAYERS)
+PHASES = {
+    "vision": tower(layers=4),
+    "prefill": decoder(layers=LAYERS, tokens=256, with_head=False),
+    "decode": DECODER,
+}
+
+
+def laptop(device: int, host: int | None) -> Machine:
+    """Two links about equally busy: a disk, and a bus not much faster."""
+    machine = computer(device=device, host=host)
+    rates = {(NVME, HOST): 1.6e9, (HOST, "device"): 2.8e9}
+    links = tuple(
+        dataclasses.replace(
+            link, bytes_per_s=rates.get((link.source, link.target), link.bytes_per_s)
+        )
+        for link in machine.links
+    )
+    return dataclasses.replace(machine, links=links)
+
+
+MACHINES = {
+    "bus and disk": laptop(500_000_000, 600_000_000),
+    "disk": laptop(400_000_000, 300_000_000),
+    "bus": laptop(600_000_000, 3_000_000_000),
+    "no host": laptop(700_000_000, None),
+    "plenty": laptop(4_000_000_000, None),
+}
+
+
+def seconds(plan: Plan, program: Program, machine: Machine) -> float:
+    return plan_seconds(plan, program, machine, Roofline())
+
+
+@pytest.mark.parametrize("key", MACHINES)
+def test_the_phase_repeated_most_is_as_fast_as_alone_and_as_any_plain_way(key: str) -> None:
+    machine = MACHINES[key]
+    plan = compile_phases(PHASES, machine)["decode"]
+    verify(plan, DECODER, machine)
+    together_s = seconds(plan, DECODER, machine)
+    assert together_s <= seconds(compile_plan(DECODER, machine), DECODER, machine) * (1 + 1e-9)
+    ways = baselines(DECODER, machine)
+    assert len(ways) == (1 if key == "plenty" else 7)
+    for name, way in ways.items():
+        assert way.seconds >= together_s * (1 - 1e-9), name
+        if way.plan is not None:
+            verify(way.plan, DECODER, machine)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_plain_way_beats_the_last_of_random_phases(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = random_program(rng, steps=int(rng.integers(2, 10)), weights=int(rng.integers(3, 9)))
+    host = [None, int(rng.integers(600, 4000))][seed % 2]
+    machine = tiny_machine(device=int(rng.integers(900, 2500)), host=host)
+    try:
+        plans = compile_phases({"again": made, "last": made}, machine)
+    except DoesNotFitError as error:
+        machine = machine.with_capacities(error.smallest)
+        plans = compile_phases({"again": made, "last": made}, machine)
+    took_s = seconds(plans["last"], made, machine)
+    verify(plans["last"], made, machine)
+    for name, way in baselines(made, machine).items():
+        assert way.seconds >= took_s * (1 - 1e-9), name
+
+
+@pytest.mark.parametrize("key", ["bus and disk", "no host"])
+def test_less_time_for_planning_tries_less_and_still_beats_plain_ways(key: str) -> None:
+    machine = MACHINES[key]
+    took = []
+    for plan_s in (0.0, 0.02, 0.2, None):
+        plan = compile_plan(DECODER, machine, plan_seconds=plan_s)
+        verify(plan, DECODER, machine)
+        assert plan == compile_plan(DECODER, machine, plan_seconds=plan_s)
+        took.append(seconds(plan, DECODER, machine))
+        for name, way in baselines(DECODER, machine, plan_seconds=plan_s).items():
+            assert way.seconds >= took[-1] * (1 - 1e-9), name
+    assert took[-1] == min(took) < took[0]
+
+
+def test_effort_is_a_share_of_the_usual_one() -> None:
+    usual = Effort()
+    assert effort_of(None) == effort_of(1e6) == usual
+    none = effort_of(0.0)
+    assert (none.tail, none.search, none.tune, none.starts) == (0, 0, 0, 0)
+    some = effort_of(1.0, plans=4)
+    assert 0 < some.search < usual.search
+    assert effort_of(4.0, plans=16) == some
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ProgramError, match="0 seconds or more"):
+            compile_plan(TINY["decode"](), tiny_machine(device=2000), plan_seconds=wrong)
