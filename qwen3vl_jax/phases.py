@@ -101,14 +101,18 @@ def decode_phase(
     """
     valid = text.mark_valid(valid, new_valid, start)
     x, cache = _extend(layers, x, positions, None, None, cache, valid, start, config, granularity)
-    return text.head(norm, head, x), cache, valid
+    return _scores(norm, head, x, granularity), cache, valid
 
 
 def scores_phase(
-    norm: RMSNorm, head: text.VocabularyMatrix, kept: Float[Array, "B 1 H"]
+    norm: RMSNorm,
+    head: text.VocabularyMatrix,
+    kept: Float[Array, "B 1 H"],
+    *,
+    granularity: Granularity = WHOLE_LAYERS,
 ) -> Float[Array, "B 1 V"]:
     """Scores of the token after a prompt, float32."""
-    return text.head(norm, head, kept)
+    return _scores(norm, head, kept, granularity)
 
 
 def forward_phase(
@@ -126,7 +130,18 @@ def forward_phase(
 ) -> Float[Array, "B T V"]:
     """Scores at every position without a cache, float32."""
     x = decode_whole(layers, x, positions, feature_rows, features, valid, config, granularity)
-    return text.head(norm, head, x)
+    return _scores(norm, head, x, granularity)
+
+
+def _scores(
+    norm: RMSNorm,
+    head: text.VocabularyMatrix,
+    x: Float[Array, "B T H"],
+    granularity: Granularity,
+) -> Float[Array, "B T V"]:
+    """The head as finely cut as the layers: in one step, or block by block."""
+    in_steps = text.head_at_once if granularity == WHOLE_LAYERS else text.head
+    return in_steps(norm, head, x)
 
 
 def _extend(
@@ -209,7 +224,12 @@ def phases(config: Config, granularity: Granularity = WHOLE_LAYERS) -> dict[str,
             decoding,
             {**tokens, **cached},
         ),
-        Phase("scores", scores_phase, scoring, {"kept": "input"}),
+        Phase(
+            "scores",
+            bound(scores_phase, granularity=granularity),
+            scoring,
+            {"kept": "input"},
+        ),
         Phase(
             "forward",
             bound(forward_phase, config=config, granularity=granularity),

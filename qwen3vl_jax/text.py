@@ -268,6 +268,16 @@ def head(norm: RMSNorm, table: VocabularyMatrix, x: Float[Array, "B T H"]) -> Fl
 
 
 @jax.jit
+def head_at_once(
+    norm: RMSNorm, table: VocabularyMatrix, x: Float[Array, "B T H"]
+) -> Float[Array, "B T V"]:
+    """Step: the same as `head`, in one. To wait for every block costs 0.1 ms."""
+    x = cut(norm(x))
+    blocks = [cut(linear(x, param.get_value()).astype(jnp.float32)) for param in table.weight]
+    return jnp.concatenate(blocks, axis=-1)
+
+
+@jax.jit
 def scores_at(scores: Float[Array, "B T V"], index: Int[AnyArray, ""]) -> Float[Array, "B V"]:
     """Step: the scores after token `index` of T."""
     return jax.lax.dynamic_index_in_dim(scores, index, axis=1, keepdims=False)

@@ -60,12 +60,14 @@ class Worker:
         flatter it.
         """
         self._decode_one()
-        before, start, compute_s = _disk_bytes(), time.perf_counter(), 0.0
+        before, seconds, compute_s = _disk_bytes(), 0.0, 0.0
         for _ in range(tokens):
+            start = time.perf_counter()
             self._decode_one()
+            seconds += time.perf_counter() - start
             compute_s += self._figures().compute_s if self._planned else 0.0
         found = {
-            "seconds": (time.perf_counter() - start) / tokens,
+            "seconds": seconds / tokens,
             "read_bytes": (_disk_bytes() - before) // tokens,
         }
         if self._planned:
