@@ -5,14 +5,22 @@ waits until a long call into XLA returns. The C part of the handler runs at once
 pipe that a thread reads: if the main thread has not left the guard in time, it ends the process.
 What Ctrl-C means goes through the same pipe, so that the thread, however late it reads, takes a
 press for what it meant when it came.
+
+A KeyboardInterrupt in a callback of a C library, as JAX has one for garbage collection, ends there:
+Python would only print it. Nothing is printed then, and the thread ends the process all the same.
 """
 
 import contextlib
 import enum
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 EXIT_CODE = 130
 GRACE_S = 0.4
@@ -82,6 +90,22 @@ class Guard:
 
 
 @contextlib.contextmanager
+def _quiet_callbacks() -> Iterator[None]:
+    """Inside, a KeyboardInterrupt that a callback swallowed is not printed."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "UnraisableHookArgs") -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextlib.contextmanager
 def guarded(grace_s: float = GRACE_S) -> Iterator[Guard]:
     """Inside, Ctrl-C does what the yielded guard's `meaning` says; at first, END.
 
@@ -95,7 +119,8 @@ def guarded(grace_s: float = GRACE_S) -> Iterator[Guard]:
     watcher = threading.Thread(target=guard._watch, name="ctrl-c", daemon=True)
     watcher.start()
     try:
-        yield guard
+        with _quiet_callbacks():
+            yield guard
     finally:
         guard._left.set()
         if in_main_thread:

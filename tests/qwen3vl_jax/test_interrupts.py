@@ -53,6 +53,22 @@ with interrupts.guarded() as guard:
     print("left", flush=True)
 """
 
+# Ctrl-C while a callback of the garbage collector runs, which swallows what it raises.
+IN_A_CALLBACK = """
+import gc, os, signal, time
+from qwen3vl_jax import interrupts
+def callback(phase, info):
+    if phase == "start":
+        print("ready", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+with interrupts.guarded() as guard:
+    gc.callbacks.append(callback)
+    gc.collect()
+    gc.callbacks.clear()
+    time.sleep(30)
+"""
+
 STUCK_ANSWER = """
 import hashlib
 from qwen3vl_jax import interrupts
@@ -98,6 +114,13 @@ def test_a_request_to_stop_that_is_seen_late_does_not_end_the_process() -> None:
     child.send_signal(signal.SIGINT)
     rest, complaints = child.communicate(timeout=20)
     assert (rest, complaints, child.returncode) == ("left\n", "", 0)
+
+
+def test_ctrl_c_in_a_callback_ends_the_process_and_prints_no_traceback() -> None:
+    began = time.monotonic()
+    rest, complaints = started(IN_A_CALLBACK).communicate(timeout=20)
+    assert time.monotonic() - began < 10
+    assert complaints == "\ninterrupted\n"
 
 
 def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop() -> None:
