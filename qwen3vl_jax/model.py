@@ -41,7 +41,7 @@ from qwen3vl_jax.network import (
     named_arrays,
     network_from_arrays,
 )
-from qwen3vl_jax.parameters import draw, named_dtype, read_all
+from qwen3vl_jax.parameters import draw_all, named_dtype, read_all
 from qwen3vl_jax.phases import Direct, Runner, phases
 from qwen3vl_jax.weights import block_rows, table
 
@@ -83,6 +83,7 @@ class Qwen3VL:
         level: str = "minimal",
         machine: str | Path | None = None,
         max_context: int | None = None,
+        plan_seconds: float | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
 
@@ -101,6 +102,7 @@ class Qwen3VL:
             level: how far values may be changed to save memory; "minimal" changes no bit.
             machine: a file that describes the machine, in place of measuring this one.
             max_context: tokens for which every cache shall have room; more are refused.
+            plan_seconds: plans are tried for about so long; None for as long as is usual.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
@@ -112,7 +114,14 @@ class Qwen3VL:
         config = load_config(path)
         chosen = named_dtype(config.dtype if dtype is None else dtype)
         budgets = Budgets(
-            device_memory, host_memory, nvme_dir, nvme_space, level, machine, max_context
+            device_memory,
+            host_memory,
+            nvme_dir,
+            nvme_space,
+            level,
+            machine,
+            max_context,
+            plan_seconds,
         )
         rows = block_rows(config.text.vocab_size, vocab_blocks)
         entries = table(config, vocab_rows=rows)
@@ -130,12 +139,8 @@ class Qwen3VL:
         """Weights drawn at random, with activations of ordinary size. For tests and benchmarks."""
         chosen = named_dtype(dtype)
         rows = block_rows(config.text.vocab_size, vocab_blocks)
-        generator = np.random.default_rng(seed)
         empty = abstract_network(config, dtype=chosen, vocab_rows=rows)
-        arrays = {
-            path: jnp.asarray(draw(generator, path, array.shape), chosen)
-            for path, array in named_arrays(empty).items()
-        }
+        arrays = draw_all(named_arrays(empty), chosen, seed)
         return cls(config, network_from_arrays(empty, arrays), GenerationSettings())
 
     @property

@@ -1,7 +1,8 @@
 """Where the weights of a model in memory come from: a checkpoint, or chance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,14 @@ def read_all(
             read = jax.device_put(checkpoint.read(entry))
             arrays[entry.path] = read if read.dtype == dtype else read.astype(dtype)
     return arrays
+
+
+def draw_all(shapes: Mapping[str, Any], dtype: np.dtype, seed: int) -> dict[str, Array]:
+    """Random weights of these shapes, in their order, as `draw` makes them."""
+    generator = np.random.default_rng(seed)
+    return {
+        path: jnp.asarray(draw(generator, path, one.shape), dtype) for path, one in shapes.items()
+    }
 
 
 def draw(

@@ -214,7 +214,9 @@ def _sweep(options: argparse.Namespace) -> int:
     config = load_config(options.model)
     dtype = named_dtype(options.dtype or config.dtype)
     machine = planned_machine(Budgets(**budget_arguments(options)))
-    points = run_sweep(sweep, config, _request(options), machine, dtype, console.say)
+    points = run_sweep(
+        sweep, config, _request(options), machine, dtype, console.say, options.plan_seconds
+    )
     title = f"{config.model_type}, {dtype.name}, on {machine.name}: {sweep.axis}"
     if options.report is not None:
         sweep_report.write_sweep(options.report, title, sweep, points)

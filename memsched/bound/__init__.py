@@ -3,15 +3,5 @@
 from memsched.bound.linear import Solution, least_busy_s, solve
 from memsched.bound.masses import Masses, read_masses
 from memsched.bound.placement import Placed, placed
-from memsched.bound.whole import whole_s
 
-__all__ = [
-    "Masses",
-    "Placed",
-    "Solution",
-    "least_busy_s",
-    "placed",
-    "read_masses",
-    "solve",
-    "whole_s",
-]
+__all__ = ["Masses", "Placed", "Solution", "least_busy_s", "placed", "read_masses", "solve"]

@@ -47,7 +47,7 @@ def placed(
             near = [one.count * one.host_bytes for one in masses.weights]
             problem.add(row((), near), host_bytes - host_rings * largest)
         problems.append(problem)
-    for _, problem in by_seconds(problems):
+    for problem in by_seconds(problems):
         found = minimum(problem, integers=True)
         if found.x is not None:
             return _read(problem, found.x)

@@ -1,9 +1,12 @@
-"""The bound when weights are not divisible: they move and stay as a whole.
+"""The program that gives the bound, for plans in which weights stay or move as a whole.
 
 While a step runs, the device holds all that it streams. The linear program spreads that evenly over
 all steps, down to parts of arrays; but some step streams the most, and that is a sum of whole
 arrays. So every such sum is tried: then no step streams more, what is kept leaves room for it, and
-numbers of arrays are integers. The least of all is the bound.
+numbers of arrays are integers.
+
+That is no bound of all schedules: of three equal weights with room for two a plan that keeps one
+copies two in a pass; one that keeps another in every pass copies three in two.
 """
 
 import bisect
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memsched.bound.linear import SAFE, Problem, bounds_of, problem_of
+from memsched.bound.linear import Problem, bounds_of, problem_of
 from memsched.bound.masses import Masses
 
 # Weights smaller than this share of the largest may be streamed beside any sum.
@@ -25,7 +28,7 @@ MOST_RANGES = 24
 MOST_SUMS = 20_000
 # Of larger classes the share is divisible: that makes no difference to see.
 MOST_COUNTED = 1000
-# Integers are looked for in so many nodes; what is known by then is a bound, too.
+# Integers are looked for in so many nodes; what is found by then will do.
 MOST_NODES = 200
 # HiGHS' word for it, in SciPy's numbers.
 IMPOSSIBLE = 2
@@ -39,39 +42,21 @@ class _Range:
     most_bytes: int
 
 
-def whole_s(masses: Masses) -> float:
-    """Seconds that no schedule of a pass can beat; those of compute if no more is known."""
-    best: float | None = None
-    for relaxed_s, problem in by_seconds(problem for _, problem in narrowed(masses)):
-        if best is not None and relaxed_s >= best:
-            break
-        found = minimum(problem, integers=True)
-        if found.status != IMPOSSIBLE:
-            seconds = max(relaxed_s, seconds_of(problem, found.mip_dual_bound))
-            best = seconds if best is None else min(best, seconds)
-    return masses.compute_s if best is None else max(masses.compute_s, best)
-
-
-def by_seconds(problems: Iterable[Problem]) -> list[tuple[float, Problem]]:
+def by_seconds(problems: Iterable[Problem]) -> list[Problem]:
     """Problems that can be solved, the least seconds first, arrays being divisible."""
     solved = [(minimum(problem, integers=False), problem) for problem in problems]
     possible = [
-        (seconds_of(problem, found.fun), problem)
+        (float(found.fun or 0.0) * problem.columns.second_unit, problem)
         for found, problem in solved
         if found.status != IMPOSSIBLE
     ]
-    return sorted(possible, key=lambda one: one[0])
-
-
-def seconds_of(problem: Problem, value: float | None) -> float:
-    """What HiGHS says of T, in seconds; 0 if it does not know."""
-    return SAFE * problem.columns.second_unit * float(value or 0.0)
+    return [problem for _, problem in sorted(possible, key=lambda one: one[0])]
 
 
 def narrowed(masses: Masses) -> Iterator[tuple[int, Problem]]:
     """The linear program for each range in which the most that a step streams can be.
 
-    With the least of that range. Together they have all schedules.
+    With the least of that range. Together they have all plans that keep the same in every pass.
     """
     sums = [_sums(masses, window) for window in range(len(masses.windows))]
     for one in _ranges(sums):

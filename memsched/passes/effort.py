@@ -12,6 +12,8 @@ ACTIONS_PER_S = 50_000
 # What is tried where nobody is in a hurry: some seconds for programs of 10,000 actions.
 TAIL_ACTIONS, SEARCH_ACTIONS, TUNE_ACTIONS = 100_000, 200_000, 100_000
 STARTS = 3
+# A plan that others only take hints from is worth this part of it.
+HINT = 1 / 40
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +29,12 @@ class Effort:
     tune: int = TUNE_ACTIONS
     starts: int = STARTS
 
+    def share(self, part: float) -> "Effort":
+        """A part of it; integer programming, which cannot be stopped half way, is left out."""
+        if part == 1.0:
+            return self
+        return Effort(int(part * self.tail), int(part * self.search), int(part * self.tune), 0)
+
 
 def effort_of(plan_seconds: float | None, plans: int = 1) -> Effort:
     """The effort that takes about so many seconds for so many plans together, and never more than
@@ -41,7 +49,4 @@ def effort_of(plan_seconds: float | None, plans: int = 1) -> Effort:
     if not plan_seconds >= 0:
         raise ProgramError(f"planning takes 0 seconds or more, not {plan_seconds}: give a limit")
     whole = usual.tail + usual.search + usual.tune
-    share = min(1.0, plan_seconds * ACTIONS_PER_S / (whole * plans))
-    starts = usual.starts if share == 1.0 else 0
-    tail, search, tune = (int(share * one) for one in (usual.tail, usual.search, usual.tune))
-    return Effort(tail, search, tune, starts)
+    return usual.share(min(1.0, plan_seconds * ACTIONS_PER_S / (whole * plans)))

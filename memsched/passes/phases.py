@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from memsched.passes.budgets import fastest, host_room
 from memsched.passes.caching import better_cached
-from memsched.passes.effort import Effort
+from memsched.passes.effort import HINT, Effort
 from memsched.passes.lower.fifo import WRAPS, Wrap
 from memsched.passes.lower.layout import Layout, Pool
 from memsched.passes.lower.values import Values
@@ -48,13 +48,12 @@ def plan_phases(phases: Mapping[str, Needs], effort: Effort = USUAL) -> dict[str
     """
     whole = {name: needs.device_bytes[name] for needs in phases.values() for name in needs.weights}
     order = list(phases)[::-1]
-    less = dataclasses.replace(effort, starts=0)
     alone = {
         key: fastest(
             needs,
             repeat=True,
             others_bytes=sum(whole.values()) - needs.weights_bytes,
-            effort=effort if key == order[0] else less,
+            effort=effort if key == order[0] else effort.share(HINT),
         )
         for key, needs in phases.items()
     }

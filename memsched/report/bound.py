@@ -7,7 +7,7 @@ a link in every pass. Whatever is kept counts as kept in the best way that there
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from memsched.bound import Masses, least_busy_s, read_masses, solve, whole_s
+from memsched.bound import Masses, least_busy_s, read_masses, solve
 from memsched.cost import CostModel, is_steady
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.plan import Copy, Plan, Residence, Run
@@ -87,7 +87,7 @@ def dual_prices(program: Program, machine: Machine, cost: CostModel) -> Prices:
 
 
 def _steady_bound(masses: Masses) -> Bound:
-    return Bound(least_busy_s(masses), max(solve(masses).seconds, whole_s(masses)))
+    return Bound(least_busy_s(masses), solve(masses).seconds)
 
 
 def _with_more(masses: Masses, tier: str) -> Masses:

@@ -72,6 +72,7 @@ def dry_run(
             dtype=chosen,
             cost=cost_model(budgets, machine),
             compiler=compiler,
+            plan_seconds=budgets.plan_seconds,
         )
     except DoesNotFitError as error:
         compiled = compiler is not None

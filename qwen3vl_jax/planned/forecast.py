@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsched.aot import Compiler
-from memsched.cost import CostModel, Roofline, plan_seconds
+from memsched.cost import CostModel, Roofline
+from memsched.cost import plan_seconds as seconds_of
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, NVME, Machine
 from memsched.passes.baselines import baselines
@@ -115,12 +116,14 @@ def forecast(
     cost: CostModel | None = None,
     tracer: Tracer | None = None,
     compiler: Compiler | None = None,
+    plan_seconds: float | None = None,
 ) -> Forecast:
     """Plans a request, and predicts what its plans and some plainer ways take.
 
     Args:
         tracer: what `traced_request` gave for this request, to plan it again without tracing.
         compiler: says what workspace steps take; by default it is estimated.
+        plan_seconds: as for `compile_phases`.
 
     Raises:
         DoesNotFitError: a phase has no plan within the budgets. `smallest` then has budgets that
@@ -139,17 +142,25 @@ def forecast(
     fine = {name: one.program for name, one in tracer(finest(config)).items()}
     smallest = smallest_budgets(fine, machine, cost)
     try:
-        plans = compile_phases(programs, machine, WhileReading(cost))
+        plans = compile_phases(programs, machine, WhileReading(cost), plan_seconds=plan_seconds)
     except DoesNotFitError:
         in_blocks = with_blocks(request, config, dtype, machine)
         if in_blocks is not None:
-            return forecast(config, machine, in_blocks, dtype=dtype, cost=cost, compiler=compiler)
+            return forecast(
+                config,
+                machine,
+                in_blocks,
+                dtype=dtype,
+                cost=cost,
+                compiler=compiler,
+                plan_seconds=plan_seconds,
+            )
         raise _refusal(smallest.checked(), machine) from None
     found: list[Pass] = []
     for work in works:
         one, plan = traced[work.name], plans[work.name]
         verify(plan, one.program, machine)
-        others = _others(one, machine, cost) if work is works[-1] else {}
+        others = _others(one, machine, cost, plan_seconds) if work is works[-1] else {}
         summary = summarize(plan, one.program, machine, cost, others)
         before = found[-1].plan.exit if found else ()
         moving_s = _moving_s(before, one, plan, machine, cost)
@@ -289,9 +300,11 @@ def _traced(
     }
 
 
-def _others(traced: Traced, machine: Machine, cost: CostModel) -> dict[str, float | None]:
+def _others(
+    traced: Traced, machine: Machine, cost: CostModel, plan_seconds: float | None
+) -> dict[str, float | None]:
     """Seconds of plainer ways; None where all would have to stay, and cannot."""
-    found = baselines(traced.program, machine, cost)
+    found = baselines(traced.program, machine, cost, plan_seconds=plan_seconds)
     return {RESIDENT: None, **{name: way.seconds for name, way in found.items()}}
 
 
@@ -307,7 +320,7 @@ def _moving_s(
     )
     order = list(dict.fromkeys(itertools.chain(*(s.reads for s in traced.program.steps))))
     program, moves = bridge([*home, *now], [*home, *then], weights, machine, order)
-    return plan_seconds(moves, program, machine, cost)
+    return seconds_of(moves, program, machine, cost)
 
 
 def _refusal(smallest: Mapping[str, int], machine: Machine) -> DoesNotFitError:

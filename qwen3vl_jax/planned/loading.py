@@ -45,11 +45,12 @@ class Budgets:
     level: str = "minimal"
     machine: str | Path | None = None
     max_context: int | None = None
+    plan_seconds: float | None = None
 
     @property
     def asked(self) -> bool:
         """Whether anything is limited, so that a plan is wanted."""
-        return self != Budgets()
+        return dataclasses.replace(self, plan_seconds=None) != Budgets()
 
 
 def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
@@ -83,6 +84,7 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
             nvme_space_bytes=_bytes(budgets.nvme_space),
             max_context=budgets.max_context,
             cost=cost_model(budgets, machine),
+            plan_seconds=budgets.plan_seconds,
         )
         runner.owned.push(stack.pop_all())
     return Qwen3VL(config, network, load_settings(path), runner=runner)

@@ -1,6 +1,7 @@
 """The command-line options that limit memory, for every script that has them."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,22 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--save-plan", type=Path, metavar="JSON", help="write the plan for generate.py --plan")
     add("--machine", type=Path, metavar="TOML", help="rates and sizes of the machine, unmeasured")
+    add(
+        "--plan-seconds",
+        type=_seconds,
+        metavar="S",
+        help="try plans for about so long (default: as long as is usual, a few seconds)",
+    )
 
 
 def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What those options say, as arguments of `Qwen3VL.from_pretrained` and of `Budgets`."""
     names = ("device_memory", "host_memory", "nvme_dir", "nvme_space", "level", "machine")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in (*names, "plan_seconds")}
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
+    return seconds

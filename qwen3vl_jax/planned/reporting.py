@@ -88,7 +88,12 @@ class PlanReport:
     def _forecast(self) -> Forecast:
         runner = self.runner
         return forecast(
-            runner.config, runner.machine, self.request, dtype=runner.dtype, cost=self.cost
+            runner.config,
+            runner.machine,
+            self.request,
+            dtype=runner.dtype,
+            cost=self.cost,
+            plan_seconds=runner.plan_seconds,
         )
 
     def _summaries(self) -> dict[str, Summary]:

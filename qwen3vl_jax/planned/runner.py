@@ -71,6 +71,7 @@ class PlannedRunner:
         chunk_tokens: int = PREFILL_CHUNK,
         max_context: int | None = None,
         granularity: Granularity = WHOLE_LAYERS,
+        plan_seconds: float | None = None,
     ) -> None:
         """Opens the tiers; nothing is read yet. `network` is shapes; `entries` are its weights."""
         self.chunk_tokens = chunk_tokens
@@ -79,6 +80,7 @@ class PlannedRunner:
         self.config = config
         self._rows = rows
         self.cost = cost or Roofline()
+        self.plan_seconds = plan_seconds  # each time that phases are planned
         self._cut(granularity)
         self._known = Known()
         self._expected: tuple[CacheShapes, int] | None = None
@@ -359,11 +361,10 @@ class PlannedRunner:
         """Plans of phases that take turns."""
         ordered = in_order(group)
         programs = programs_of(ordered)
-        plans = compile_phases(programs, machine, WhileReading(self.cost)) if programs else {}
-        return {
-            key: Planned(traced, plans[name])
-            for name, (key, traced) in zip(programs, ordered.items(), strict=True)
-        }
+        cost, seconds = WhileReading(self.cost), self.plan_seconds
+        plans = compile_phases(programs, machine, cost, plan_seconds=seconds) if programs else {}
+        named = zip(programs, ordered.items(), strict=True)
+        return {key: Planned(traced, plans[name]) for name, (key, traced) in named}
 
     def _plan_group(self) -> dict[Key, Planned]:
         """Plans all phases that take turns, together."""

@@ -95,11 +95,13 @@ def run_sweep(
     machine: Machine,
     dtype: np.dtype,
     say: Callable[[str], None],
+    plan_seconds: float | None = None,
 ) -> tuple[Point, ...]:
     """Plans every point; what cannot be done is a point, too.
 
     Args:
         say: gets a line before every point.
+        plan_seconds: as for `memsched.compile_phases`, for each point.
 
     Raises:
         UsageError: the machine has not what is swept.
@@ -117,7 +119,18 @@ def run_sweep(
         if asked not in tracers:
             tracers.clear()
             tracers[asked] = traced_request(config, asked, dtype)
-        return _point(value, config, changed, asked, dtype, tracers[asked])
+        try:
+            found = forecast(
+                config,
+                changed,
+                asked,
+                dtype=dtype,
+                tracer=tracers[asked],
+                plan_seconds=plan_seconds,
+            )
+        except DoesNotFitError as error:
+            return Point(value, smallest_bytes=dict(error.smallest), refused=str(error))
+        return _figures(value, found)
 
     for value in sweep.values:
         try:
@@ -139,21 +152,6 @@ def _just_enough(sweep: Sweep, points: list[Point]) -> int | None:
     if not whole or whole[0] is points[0] or whole[0].needed_bytes in known:
         return None
     return whole[0].needed_bytes
-
-
-def _point(
-    value: int,
-    config: Config,
-    machine: Machine,
-    request: Request,
-    dtype: np.dtype,
-    tracer: Tracer,
-) -> Point:
-    try:
-        found = forecast(config, machine, request, dtype=dtype, tracer=tracer)
-    except DoesNotFitError as error:
-        return Point(value, smallest_bytes=dict(error.smallest), refused=str(error))
-    return _figures(value, found)
 
 
 def _figures(value: int, found: Forecast) -> Point:
