@@ -102,7 +102,7 @@ class Qwen3VL:
             level: how far values may be changed to save memory; "minimal" changes no bit.
             machine: a file that describes the machine, in place of measuring this one.
             max_context: tokens for which every cache shall have room; more are refused.
-            plan_seconds: plans are tried for about so long; None for as long as is usual.
+            plan_seconds: plans are tried for about so long; by default 1.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.

@@ -199,6 +199,7 @@ def phases(config: Config, granularity: Granularity = WHOLE_LAYERS) -> dict[str,
     cached = {"cache": "cache", "valid": "input", "new_valid": "input", "start": "input"}
     kept = {"kept": "input", "place": "input", "here": "input"}
     bound = functools.partial
+    decode = bound(decode_phase, config=config, granularity=granularity)
     found = (
         Phase(
             "vision",
@@ -212,24 +213,9 @@ def phases(config: Config, granularity: Granularity = WHOLE_LAYERS) -> dict[str,
             ("language_model.layers",),
             {**tokens, **pictures, **cached, **kept},
         ),
-        Phase(
-            "decode",
-            bound(decode_phase, config=config, granularity=granularity),
-            decoding,
-            {**tokens, **cached},
-        ),
-        Phase(
-            "verify",
-            bound(decode_phase, config=config, granularity=granularity),
-            decoding,
-            {**tokens, **cached},
-        ),
-        Phase(
-            "scores",
-            bound(scores_phase, granularity=granularity),
-            scoring,
-            {"kept": "input"},
-        ),
+        Phase("decode", decode, decoding, {**tokens, **cached}),
+        Phase("verify", decode, decoding, {**tokens, **cached}),
+        Phase("scores", bound(scores_phase, granularity=granularity), scoring, {"kept": "input"}),
         Phase(
             "forward",
             bound(forward_phase, config=config, granularity=granularity),

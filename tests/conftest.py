@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 # What somebody has calibrated on this machine is not what is tested.
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+
+# Processes that a shell starts in the background ignore Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A silent change of dtype or rank is how ports go wrong.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

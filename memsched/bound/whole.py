@@ -24,7 +24,7 @@ from memsched.bound.masses import Masses
 # Weights smaller than this share of the largest may be streamed beside any sum.
 TINY = 0.01
 # Sums are put together to so many ranges. A step of too many is taken to stream what it likes.
-MOST_RANGES = 24
+MOST_RANGES = 12
 MOST_SUMS = 20_000
 # Of larger classes the share is divisible: that makes no difference to see.
 MOST_COUNTED = 1000

@@ -70,11 +70,8 @@ def is_steady(plan: Plan, program: Program) -> bool:
     """Whether weights lie after the plan as they lay before it, so that it can follow itself."""
     if plan.entry == plan.exit:
         return True
-    before, after = (
-        {one for one in residences if program.arrays[one.array].kind == "weight"}
-        for residences in (plan.entry, plan.exit)
-    )
-    return before == after
+    moved = set(plan.entry) ^ set(plan.exit)
+    return all(program.arrays[one.array].kind != "weight" for one in moved)
 
 
 def _rounds(tasks: Sequence[Task], rounds: int) -> list[list[tuple[float, float]]]:
@@ -134,7 +131,6 @@ def _read(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> tu
         return places.setdefault((array, tier), len(places))
 
     for action in plan.actions:
-        blocks, depth = _served(action, program, machine)
         match action:
             case Free(array=array, tier=tier):
                 tasks.append(Task(FREE, 0.0, (place(array, tier),), ()))
@@ -148,8 +144,12 @@ def _read(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> tu
                 gives = tuple(place(array, DEVICE) for array in step.results)
         lane = lanes.setdefault(lane_of(action), len(lanes))
         seconds = cost.seconds(action, program, machine)
-        slowdown = contending.slowdown(action, program, machine) if contending else 1.0
-        tasks.append(Task(lane, seconds, takes, gives, slowdown, blocks, depth))
+        if contending is None:
+            tasks.append(Task(lane, seconds, takes, gives))
+            continue
+        slowdown = contending.slowdown(action, program, machine)
+        served = _served(action, program, machine)
+        tasks.append(Task(lane, seconds, takes, gives, slowdown, *served))
     return tuple(tasks)
 
 

@@ -7,7 +7,7 @@ from memsched.cost import plan_seconds as seconds_of
 from memsched.machine import Machine
 from memsched.passes.budgets import fastest, host_room
 from memsched.passes.caching import CACHES, MOST_WEIGHTS, caching_plan
-from memsched.passes.effort import HINT, Effort, effort_of
+from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
@@ -54,7 +54,7 @@ def baselines(
 
 
 def _baselines(needs: Needs, effort: Effort) -> dict[str, Baseline]:
-    best = fastest(needs, repeat=True, effort=effort.share(HINT))
+    best = fastest(needs, repeat=True, effort=effort.share(0.0))
     if len(best.layout.device.pinned) == len(needs.weights):
         return {"resident": Baseline(best.seconds, best.plan)}
     room = needs.device_capacity_bytes - best.values.device_bytes

@@ -75,14 +75,14 @@ def compile_phases(
         machine: where, and within which budgets.
         cost: how long actions take; the machine's rates by default.
         level: how far values may be changed. "minimal": not at all.
-        plan_seconds: as for `compile_plan`, for all phases together.
+        plan_seconds: as for `compile_plan`, for the last phase; others take little beside it.
 
     Raises:
         DoesNotFitError: a phase has no plan within the budgets.
         ProgramError: the level is unknown, or an array is larger than a tier takes.
     """
     _check_level(level)
-    effort = effort_of(plan_seconds, len(programs))
+    effort = effort_of(plan_seconds)
     grouped = group_weights(programs, machine)
     cost = grouped.cost(cost or Roofline())
     needs = {

@@ -12,7 +12,7 @@ from memsched.passes.needs import Needs
 from memsched.passes.recipes import stacked
 
 # Rings of the device (in loads of the largest step) and the host (in largest weights) to try.
-RINGS = ((2.0, 1.0), (2.0, 3.0), (1.0, 3.0))
+RINGS = ((2.0, 1.0), (1.0, 3.0))
 
 
 def starts(needs: Needs, device_bytes: int, host_bytes: int, count: int) -> Iterator[Layout]:

@@ -37,7 +37,8 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--plan-seconds",
         type=_seconds,
         metavar="S",
-        help="try plans for about so long (default: as long as is usual, a few seconds)",
+        help="try plans for about so long (default: in plan.py as long as is usual, a few seconds; "
+        "1 for a run)",
     )
 
 

@@ -46,6 +46,8 @@ from qwen3vl_jax.weights import Entry
 MOST_TRACED = MOST_TALLIES = 64
 MOST_ALIKE = 2  # shapes of a phase that are planned together: whole chunks of a prompt, the rest
 FEATURE_SHARE = 16  # image features that take more of the device than one such part rest on disk
+# While somebody waits, and without SciPy's optimisers: they take 33 MB of memory that is short.
+RUN_PLAN_S = 1.0
 ANSWERING = ("scores", "verify", "decode")  # what an answer needs until it ends
 
 
@@ -80,7 +82,7 @@ class PlannedRunner:
         self.config = config
         self._rows = rows
         self.cost = cost or Roofline()
-        self.plan_seconds = plan_seconds  # each time that phases are planned
+        self.plan_seconds = RUN_PLAN_S if plan_seconds is None else plan_seconds
         self._cut(granularity)
         self._known = Known()
         self._expected: tuple[CacheShapes, int] | None = None

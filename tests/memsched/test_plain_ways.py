@@ -103,9 +103,8 @@ def test_effort_is_a_share_of_the_usual_one() -> None:
     assert effort_of(None) == effort_of(1e6) == usual
     none = effort_of(0.0)
     assert (none.tail, none.search, none.tune, none.starts) == (0, 0, 0, 0)
-    some = effort_of(1.0, plans=4)
-    assert 0 < some.search < usual.search
-    assert effort_of(4.0, plans=16) == some
+    some, more = effort_of(0.1), effort_of(0.2)
+    assert 0 < some.search < more.search < usual.search
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ProgramError, match="0 seconds or more"):
             compile_plan(TINY["decode"](), tiny_machine(device=2000), plan_seconds=wrong)
