@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from qwen3vl_jax.encoded import Encoded
 from qwen3vl_jax.linear import linear
 
 Arrays = TypeVar("Arrays")
@@ -33,8 +34,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         bias = None if self.bias is None else self.bias[...]
-        weight = self.weight[...]
-        return linear(x, weight.reshape(weight.shape[0], -1), bias)
+        weight = self.weight.get_value()
+        if not isinstance(weight, Encoded):
+            weight = weight.reshape(weight.shape[0], -1)
+        return linear(x, weight, bias)
 
 
 class LayerNorm(nnx.Module):

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
 from qwen3vl_jax import kernels
+from qwen3vl_jax.encoded import Encoded
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -22,17 +23,18 @@ BLOCK_OUTPUTS = 256  # rows of a float16 weight that are widened at a time: 2 MB
 
 def linear(
     x: Float[Array, "*rows in"],
-    weight: Float[Array, "out in"],
+    weight: Float[Array, "out in"] | Encoded,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*rows out"]:
     """`x @ weight.T + bias`, summed in float32, in the dtype of `x`.
 
-    Can be differentiated, once or more, forwards or backwards, whatever formulation is chosen.
+    Can be differentiated, once or more, forwards or backwards, whatever formulation is chosen,
+    unless the weight is encoded.
 
     Raises:
         TypeError: if `x` and `weight` differ in dtype: one of them would be copied, in silence.
     """
-    if x.dtype != weight.dtype:
+    if not isinstance(weight, Encoded) and x.dtype != weight.dtype:
         raise TypeError(
             f"linear: x is {x.dtype} and weight {weight.shape} is {weight.dtype}; "
             "they must share a dtype: convert one of them where it is made"
@@ -105,8 +107,10 @@ FORMULATIONS: dict[str, Product] = {
 
 
 def _product(
-    rows: Float[Array, "rows in"], weight: Float[Array, "out in"]
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"] | Encoded
 ) -> Float[Array, "rows out"]:
+    if isinstance(weight, Encoded):
+        return weight.product(rows)
     chosen = formulation(rows.shape[0], rows.dtype, kernel=kernels.usable())
     return contract(rows, weight) if chosen == "contract" else _few_rows(rows, weight, chosen)
 

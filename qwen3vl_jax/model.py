@@ -6,7 +6,6 @@ layer, at the same speed as one program for the whole model (DECISIONS.md).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from qwen3vl_jax import text
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import KVCache
 from qwen3vl_jax.cache_forms import check_room, empty_cache, larger, shortened
-from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.checkpoints.encodings import resting_bytes
+from qwen3vl_jax.config import Config
+from qwen3vl_jax.encoded import Encoded
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import GenerationSettings, load_settings
 from qwen3vl_jax.inputs import (
@@ -41,7 +42,7 @@ from qwen3vl_jax.network import (
     named_arrays,
     network_from_arrays,
 )
-from qwen3vl_jax.parameters import draw_all, named_dtype, read_all
+from qwen3vl_jax.parameters import draw_all, named_dtype, read_all, source_of
 from qwen3vl_jax.phases import Direct, Runner, phases
 from qwen3vl_jax.weights import block_rows, table
 
@@ -57,10 +58,8 @@ class Qwen3VL:
         *,
         runner: Runner | None = None,
     ) -> None:
-        """Joins what belongs together.
-
-        Args:
-            runner: has the weights; `network` may then be abstract. By default `network` has them.
+        """Joins what belongs together. A `runner` has the weights, and `network` may then be
+        abstract; by default `network` has them.
         """
         self.config = config
         self.network = network
@@ -83,6 +82,7 @@ class Qwen3VL:
         level: str = "minimal",
         machine: str | Path | None = None,
         max_context: int | None = None,
+        codec: str | None = None,
         plan_seconds: float | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
@@ -102,6 +102,7 @@ class Qwen3VL:
             level: how far values may be changed to save memory; "minimal" changes no bit.
             machine: a file that describes the machine, in place of measuring this one.
             max_context: tokens for which every cache shall have room; more are refused.
+            codec: encodes layers and head while they are read, as scripts/convert.py --codec.
             plan_seconds: plans are tried for about so long; by default 1.
 
         Raises:
@@ -111,8 +112,7 @@ class Qwen3VL:
         """
         from qwen3vl_jax.planned.loading import Budgets, fits, load
 
-        config = load_config(path)
-        chosen = named_dtype(config.dtype if dtype is None else dtype)
+        source = source_of(path, dtype, codec)
         budgets = Budgets(
             device_memory,
             host_memory,
@@ -123,14 +123,13 @@ class Qwen3VL:
             max_context,
             plan_seconds,
         )
-        rows = block_rows(config.text.vocab_size, vocab_blocks)
-        entries = table(config, vocab_rows=rows)
-        nbytes = sum(math.prod(entry.shape) for entry in entries) * chosen.itemsize
-        if budgets.asked or not fits(nbytes):
-            return load(path, dtype=chosen.name, budgets=budgets)
-        arrays = read_all(path, config, entries, chosen)
-        empty = abstract_network(config, dtype=chosen, vocab_rows=rows)
-        return cls(config, network_from_arrays(empty, arrays), load_settings(path))
+        rows = block_rows(source.config.text.vocab_size, vocab_blocks)
+        entries = table(source.config, vocab_rows=rows)
+        if budgets.asked or not fits(resting_bytes(entries, source.encodings, source.dtype)):
+            return load(path, dtype=dtype, budgets=budgets, codec=codec)
+        empty = abstract_network(source.config, dtype=source.dtype, vocab_rows=rows)
+        network = network_from_arrays(empty, read_all(source, entries))
+        return cls(source.config, network, load_settings(path))
 
     @classmethod
     def random(
@@ -166,7 +165,7 @@ class Qwen3VL:
         return PlanReport(self._runner)
 
     @property
-    def parameters(self) -> dict[str, Array]:
+    def parameters(self) -> dict[str, Array | Encoded]:
         """Every weight under its path."""
         return named_arrays(self.network)
 
@@ -300,8 +299,7 @@ class Qwen3VL:
 
         The answer stays the same, and caches stay where they are. May be called between tokens (by
         a streamer, or between the pieces of a chat's answer), and by other threads, where it waits
-        for the pass under way. When it returns, what no longer fits has been given back. Budgets
-        higher than ever before make weights be read anew.
+        for the pass under way. When it returns, what no longer fits has been given back.
 
         Args:
             device_memory: bytes, or text like "1.5GiB", as in `from_pretrained`; None: as it is.
@@ -361,11 +359,10 @@ class Qwen3VL:
         kept: Float[Array, "B 1 H"],
     ) -> tuple[Float[Array, "B 1 H"], KVCache]:
         """Runs tokens `first` to `end`, padded to a bucket where the cache has room for that."""
-        tokens = end - first
+        tokens, last = end - first, last_real(chunk)
         cache = with_room(cache, self._runner.seal)
         fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
         new = cut(chunk, first, end, min(fitting, cache.room))
-        last = last_real(chunk)
         here = (last >= first) & (last < end)
         kept, layers, valid = self._run(
             "prefill",
@@ -399,6 +396,5 @@ class Qwen3VL:
             np.array(cache.length, np.int32),
             blocks=cache.full is not None,
         )
-        following = cache.next_position + np.int32(tokens)
         after = cache.after(tokens, layers, valid)
-        return scores, dataclasses.replace(after, next_position=following)
+        return scores, dataclasses.replace(after, next_position=cache.next_position + tokens)

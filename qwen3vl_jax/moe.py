@@ -35,8 +35,8 @@ class Expert(nnx.Module):
         self.down_proj = nnx.Param(down.astype(dtype))
 
     def __call__(self, x: Float[Array, "R H"]) -> Float[Array, "R H"]:
-        gate, up = jnp.split(linear(x, self.gate_up_proj[...]), 2, axis=-1)
-        return linear(jax.nn.silu(gate) * up, self.down_proj[...])
+        gate, up = jnp.split(linear(x, self.gate_up_proj.get_value()), 2, axis=-1)
+        return linear(jax.nn.silu(gate) * up, self.down_proj.get_value())
 
 
 @functools.partial(

@@ -56,7 +56,7 @@ def named_arrays(network: Qwen3VLNetwork) -> dict[str, Any]:
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 
 
-def network_from_arrays(network: Qwen3VLNetwork, arrays: Mapping[str, Array]) -> Qwen3VLNetwork:
+def network_from_arrays(network: Qwen3VLNetwork, arrays: Mapping[str, Any]) -> Qwen3VLNetwork:
     """The (abstract) `network` with `arrays` in the place of its own; every path must be given."""
     graph, state = nnx.split(network)
     filled = [

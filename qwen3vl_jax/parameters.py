@@ -1,5 +1,6 @@
 """Where the weights of a model in memory come from: a checkpoint, or chance."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.checkpoints.encodings import (
+    Encoding,
+    Encodings,
+    as_encoded,
+    codec_name,
+    encoding_of,
+    encodings_of,
+    everywhere,
+    origin,
+    packed,
+)
+from qwen3vl_jax.checkpoints.opening import Checkpoint, described, open_checkpoint
+from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.encoded import Encoded, format_of
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.weights import Entry
 
@@ -27,19 +41,67 @@ def named_dtype(name: str) -> np.dtype:
     return np.dtype(jnp.dtype(name))
 
 
-def read_all(
-    path: str | Path, config: Config, entries: Sequence[Entry], dtype: np.dtype
-) -> dict[str, Array]:
-    """Every array of a checkpoint, on the default device."""
-    from qwen3vl_jax.checkpoints.opening import open_checkpoint
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint to load.
 
-    arrays = {}
-    with open_checkpoint(path, config) as checkpoint:
-        for entry in entries:
-            # Zero-copy when the dtype stays: the array that was read is the one XLA reads.
-            read = jax.device_put(checkpoint.read(entry))
-            arrays[entry.path] = read if read.dtype == dtype else read.astype(dtype)
-    return arrays
+    `stored` is its model, `config` the same as it runs: a tied head that is encoded is one of its
+    own. `dtype` is that of raw weights in memory.
+    """
+
+    path: Path
+    stored: Config
+    config: Config
+    dtype: np.dtype
+    encodings: Encodings
+
+
+def source_of(path: str | Path, dtype: str | None, codec: str | None) -> Source:
+    """What is to be loaded from a directory.
+
+    Args:
+        codec: encodes raw weights while they are loaded.
+
+    Raises:
+        UsageError: a dtype that does not exist, or a store that is encoded already.
+        memsched.errors.ProgramError: a codec that does not exist.
+    """
+    (config, found), stored = described(path), load_config(path)
+    chosen = named_dtype(config.dtype if dtype is None else dtype)
+    if codec is not None and codec_name(codec) != "raw":
+        if found:
+            raise UsageError(f"{path} is encoded already; leave out codec={codec!r}")
+        found = encodings_of(config, everywhere(config, codec), lambda entry: chosen)
+    return Source(Path(path), stored, as_encoded(config, found), chosen, found)
+
+
+def read_all(source: Source, entries: Sequence[Entry]) -> dict[str, Array | Encoded]:
+    """Every array of a checkpoint, on the default device."""
+    with open_checkpoint(source.path, source.stored) as checkpoint:
+        return {entry.path: _read(source, checkpoint, entry) for entry in entries}
+
+
+def encoded_shape(encoding: Encoding) -> Encoded:
+    """What an array rests in, as a shape."""
+    shape, dtype = encoding.packed
+    return _as_weight(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), encoding)
+
+
+def _read(source: Source, checkpoint: Checkpoint, entry: Entry) -> Array | Encoded:
+    encoding = encoding_of(entry, source.encodings)
+    if encoding is None:
+        # Zero-copy when the dtype stays: the array that was read is the one XLA reads.
+        read = jax.device_put(checkpoint.read(entry))
+        return read if read.dtype == source.dtype else read.astype(source.dtype)
+    if checkpoint.encodings:
+        return _as_weight(jax.device_put(checkpoint.read_packed(entry)), encoding)
+    raw = checkpoint.read(origin(entry, source.stored)).astype(source.dtype, copy=False)
+    return _as_weight(jax.device_put(packed(raw, entry.path, encoding)), encoding)
+
+
+def _as_weight(resting: Any, encoding: Encoding) -> Encoded:
+    outputs, inputs = encoding.shape
+    return Encoded(resting, (outputs, inputs), format_of(encoding.format))
 
 
 def draw_all(shapes: Mapping[str, Any], dtype: np.dtype, seed: int) -> dict[str, Array]:

@@ -20,6 +20,7 @@ from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.cache import LayerCache, write
 from qwen3vl_jax.config import RopeConfig, TextConfig
+from qwen3vl_jax.encoded import Encoded
 from qwen3vl_jax.layers import Linear, RMSNorm, cut
 from qwen3vl_jax.linear import linear
 from qwen3vl_jax.moe import SparseMLP
@@ -248,7 +249,7 @@ def final_norm(norm: RMSNorm, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]
 
 @jax.jit
 def score_block(
-    weight: Float[Array, "rows H"], x: Float[Array, "B T H"]
+    weight: Float[Array, "rows H"] | Encoded, x: Float[Array, "B T H"]
 ) -> Float[Array, "B T rows"]:
     """Step: scores of one block of the vocabulary, computed in the model's dtype, in float32."""
     return linear(x, weight).astype(jnp.float32)

@@ -1,23 +1,28 @@
 """Which formulation of a product with an [out, in] weight is fastest here, by rows and dtype.
 
-Prints GB/s of weight bytes: the best of several runs over weights that do not fit the cache, all
-formulations in turn. The table in `qwen3vl_jax.linear.formulation` was chosen from such reports.
+Prints GB/s of weight bytes: the median of several runs over weights that do not fit the cache, all
+formulations in turn. The tables in `qwen3vl_jax.linear.formulation` and
+`qwen3vl_jax.encoded.formulation` were chosen from such reports.
 
 python scripts/bench_formulations.py --rows 1 4 --dtype bfloat16
+python scripts/bench_formulations.py --rows 1 512 --dtype bfloat16 --codec int8 int4:32
 """
 
 import argparse
 import itertools
 import json
+import math
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen3vl_jax import console
 
 DTYPES = ("bfloat16", "float16", "float32")
-WEIGHTS = 4
+CODECS = ("int8", "int8:64", "int8:128", "int4:32", "int4:64", "int4:32:zero", "int4:64:zero")
+LEAST_BYTES, MOST_WEIGHTS = 96 << 20, 64  # of one kind of weight: no cache holds them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +37,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--in", type=int, default=2048, dest="inputs", help="default %(default)s")
     add("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])
     add("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    add("--codec", nargs="+", default=[], choices=CODECS, help="measure weights packed so instead")
     add("--repeats", type=int, default=8, help="runs over every weight (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -41,10 +47,17 @@ def report(options: argparse.Namespace) -> int:
     from qwen3vl_jax import kernels
 
     cases = []
-    for dtype, rows in itertools.product(options.dtype, options.rows):
-        case = measure(dtype, rows, options)
+    kinds = itertools.product(options.dtype, options.codec or [None], options.rows)
+    for dtype, codec, rows in kinds:
+        if codec is None:
+            case = measure(dtype, rows, options)
+        else:
+            case = measure_encoded(dtype, codec, rows, options)
         speeds = "  ".join(f"{name} {speed:6.2f}" for name, speed in case["GB_per_s"].items())
-        print(f"{dtype:9s}{rows:4d} rows  chosen: {case['chosen']:9s} GB/s: {speeds}", flush=True)
+        head = f"{dtype:9s}{codec or '':13s}{rows:4d} rows  chosen: {case['chosen']:9s}"
+        print(f"{head} GB/s: {speeds}", flush=True)
+        if codec is not None:
+            print(f"{'':13s}numbers/s against {dtype}: {case['against_raw']:.2f}", flush=True)
         cases.append(case)
     shape = [options.out, options.inputs]
     print(json.dumps({"shape": shape, "kernels": kernels.status().reason, "cases": cases}))
@@ -52,35 +65,97 @@ def report(options: argparse.Namespace) -> int:
 
 
 def measure(dtype: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Best GB/s of every formulation, and which one `linear` takes."""
-    import jax
-    import jax.numpy as jnp
-
+    """GB/s of every formulation, and which one `linear` takes."""
     from qwen3vl_jax import kernels
     from qwen3vl_jax.linear import FORMULATIONS, formulation
 
-    keys = jax.random.split(jax.random.key(0), WEIGHTS + 1)
-    shape = (options.out, options.inputs)
-    weights = [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys[1:]]
-    x = jax.random.normal(keys[0], (rows, options.inputs), jnp.float32).astype(dtype)
-    steps = {
-        name: jax.jit(product).lower(x, weights[0]).compile()
-        for name, product in FORMULATIONS.items()
-        if kernels.usable() or name != "kernel"
-    }
-    best = dict.fromkeys(steps, float("inf"))
-    for _, (name, step), weight in itertools.product(
-        range(options.repeats), steps.items(), weights
-    ):
-        start = time.perf_counter()
-        step(x, weight).block_until_ready()
-        best[name] = min(best[name], time.perf_counter() - start)
+    x, weights = _raw(dtype, rows, options)
+    usable = {n: f for n, f in FORMULATIONS.items() if kernels.usable() or n != "kernel"}
+    seconds = _seconds({name: (product, weights) for name, product in usable.items()}, x, options)
     return {
         "dtype": dtype,
         "rows": rows,
         "chosen": formulation(rows, dtype, kernel=kernels.usable()),
-        "GB_per_s": {name: weights[0].nbytes / taken / 1e9 for name, taken in best.items()},
+        "GB_per_s": {name: weights[0].nbytes / taken / 1e9 for name, taken in seconds.items()},
     }
+
+
+def measure_encoded(
+    dtype: str, name: str, rows: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The same for weights of random codes, and numbers/s of the chosen way against raw weights."""
+    from functools import partial
+
+    from memsched.codecs import Int4, Int8, parse_codec
+    from qwen3vl_jax import kernels
+    from qwen3vl_jax.encoded import formulation
+    from qwen3vl_jax.kernels import products
+    from qwen3vl_jax.linear import linear
+
+    codec, shape, inputs = parse_codec(name), (options.out, options.inputs), options.inputs
+    x, raw = _raw(dtype, rows, options)
+    weights = _packed(codec, shape)
+    ways: dict[str, Any] = {"plain": partial(codec.product, shape=shape)}
+    if kernels.usable() and isinstance(codec, Int4):
+        int4 = {"inputs": inputs, "group": codec.group, "zero": codec.zero}
+        ways["few_rows"] = partial(products.few_rows_int4, **int4)
+        ways["many_rows"] = partial(products.many_rows_int4, **int4)
+    elif kernels.usable() and isinstance(codec, Int8):
+        int8 = {"inputs": inputs, "group": codec.group or 0}
+        ways["few_rows"] = partial(products.few_rows_int8, **int8)
+        ways["many_rows"] = partial(products.many_rows_int8, **int8)
+    cases = {way: (product, weights) for way, product in ways.items()}
+    seconds = _seconds({"raw": (linear, raw), **cases}, x, options)
+    chosen = formulation(rows, dtype, kernel=kernels.usable())
+    return {
+        "dtype": dtype,
+        "codec": name,
+        "rows": rows,
+        "chosen": chosen,
+        "against_raw": seconds["raw"] / seconds[chosen],
+        "GB_per_s": {way: weights[0].nbytes / seconds[way] / 1e9 for way in ways},
+    }
+
+
+def _raw(dtype: str, rows: int, options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    shape = (options.out, options.inputs)
+    count = _count(math.prod(shape) * jnp.dtype(dtype).itemsize)
+    keys = jax.random.split(jax.random.key(0), count + 1)
+    weights = [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys[1:]]
+    return jax.random.normal(keys[0], (rows, options.inputs), jnp.float32).astype(dtype), weights
+
+
+def _packed(codec: Any, shape: tuple[int, int]) -> list[Any]:
+    """One encoded matrix, and its codes turned by some rows: other bytes, the same range."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    packed = codec.encode(values)
+    return [jnp.asarray(np.roll(packed, turn, axis=0)) for turn in range(_count(packed.nbytes))]
+
+
+def _count(nbytes: int) -> int:
+    return min(max(4, -(-LEAST_BYTES // nbytes)), MOST_WEIGHTS)
+
+
+def _seconds(
+    cases: dict[str, tuple[Callable[..., Any], list[Any]]], x: Any, options: argparse.Namespace
+) -> dict[str, float]:
+    """Median seconds of each case, one run over all its weights after the other, in turns."""
+    import jax
+
+    steps = {name: jax.jit(f).lower(x, ws[0]).compile() for name, (f, ws) in cases.items()}
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _, (name, (_, weights)) in itertools.product(range(options.repeats), cases.items()):
+        for weight in weights:
+            start = time.perf_counter()
+            steps[name](x, weight).block_until_ready()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 if __name__ == "__main__":

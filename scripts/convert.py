@@ -1,10 +1,17 @@
 """Convert a checkpoint: Hugging Face or Orbax to our store, and a store back to either.
 
 python scripts/convert.py SRC DST                a store, from a Hugging Face directory or Orbax
+python scripts/convert.py SRC DST --codec int4   a store whose layers rest in fewer bytes
 python scripts/convert.py STORE DST --to-hf      safetensors files, as they were
 python scripts/convert.py STORE DST --to-orbax   an Orbax checkpoint
 python scripts/convert.py STORE --verify         read a store again, check every byte
 python scripts/convert.py SRC DST --verify       convert unless DST exists, then read both again
+
+--codec encodes the matrices of all decoder layers, and the head; of a raw store, too. An encoded
+store is smaller on disk and in memory, and what is lost is lost: --to-hf and --to-orbax write what
+it decodes to, not the original (and a tied head as its table again). Names: int8, int8:64,
+int8:128, int4 (that is int4:32), int4:64, int4:32:zero, int4:64:zero, fp16, bf16, sparse:2:4,
+sparse:block=S, svd:rank=R, svd:fraction=F; raw is none.
 """
 
 import argparse
@@ -43,13 +50,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("keep", "float32", "bfloat16", "float16"),
         help="dtype of the arrays in the new store (default: keep)",
     )
+    parser.add_argument("--codec", metavar="NAME", help="encode the layers and the head")
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
     arguments = parser.parse_args(argv)
     exports = arguments.to_hf or arguments.to_orbax
-    if arguments.destination is None and (exports or arguments.dtype or not arguments.verify):
+    made = exports or arguments.dtype or arguments.codec
+    if arguments.destination is None and (made or not arguments.verify):
         parser.error("DST is missing; without it only --verify can be done")
     if exports and arguments.dtype:
         parser.error("--dtype is chosen when a store is made; an export keeps it")
+    if exports and arguments.codec:
+        parser.error("--codec is chosen when a store is made; an export writes numbers")
     return arguments
 
 
@@ -64,8 +75,9 @@ def _run(arguments: argparse.Namespace) -> str:
         if not (arguments.verify and destination.exists()):
             _convert(arguments, progress)
         if arguments.verify:
-            verification.verify(source, destination, progress=progress)
-            return f"{destination} holds the same model as {source}"
+            encoded = verification.verify(source, destination, progress=progress)
+            same = "what its codecs make of" if encoded else "the same model as"
+            return f"{destination} holds {same} {source}"
     return f"wrote {destination}"
 
 
@@ -82,7 +94,18 @@ def _convert(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
     else:
         from qwen3vl_jax.checkpoints.conversion import to_store
 
-        to_store(source, destination, dtype=arguments.dtype or "keep", progress=progress)
+        dtype, codecs = arguments.dtype or "keep", _codecs(source, arguments.codec)
+        to_store(source, destination, dtype=dtype, progress=progress, codecs=codecs)
+
+
+def _codecs(source: Path, name: str | None) -> dict[str, str] | None:
+    """The codec of every array that gets one."""
+    from qwen3vl_jax.checkpoints.encodings import codec_name, everywhere
+    from qwen3vl_jax.config import load_config
+
+    if name is None or codec_name(name) == "raw":
+        return None
+    return everywhere(load_config(source), name)
 
 
 class _ProgressBar:

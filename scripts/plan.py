@@ -141,7 +141,7 @@ def plan(options: argparse.Namespace) -> int:
     if options.sweep is not None:
         return _sweep(options)
     from memsched.whole_file import check_target
-    from qwen3vl_jax.config import load_config
+    from qwen3vl_jax.checkpoints.opening import described
     from qwen3vl_jax.planned.dry_run import check_report, dry_run, print_dry_run
     from qwen3vl_jax.planned.loading import Budgets
 
@@ -150,8 +150,10 @@ def plan(options: argparse.Namespace) -> int:
         check_target(options.save_plan)
     compiler = _compiler(options.machine) if options.aot else None
     budgets, request = Budgets(**budget_arguments(options)), _request(options)
-    config = load_config(options.model)
-    found = dry_run(config, request, budgets, dtype=options.dtype, compiler=compiler)
+    config, encodings = described(options.model)
+    found = dry_run(
+        config, request, budgets, dtype=options.dtype, compiler=compiler, encodings=encodings
+    )
     return print_dry_run(
         found, report=options.report, save_plan=options.save_plan, as_json=options.json
     )
@@ -200,7 +202,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from memsched.report.rendering import show
-    from qwen3vl_jax.config import load_config
+    from qwen3vl_jax.checkpoints.opening import described
     from qwen3vl_jax.parameters import named_dtype
     from qwen3vl_jax.planned import sweep_report
     from qwen3vl_jax.planned.dry_run import check_report, planned_machine
@@ -211,11 +213,18 @@ def _sweep(options: argparse.Namespace) -> int:
     check_report(options.report, sweep_report.FORMATS)
     if options.report is not None and options.report.suffix == ".png":
         sweep_report.check_png()
-    config = load_config(options.model)
+    config, encodings = described(options.model)
     dtype = named_dtype(options.dtype or config.dtype)
     machine = planned_machine(Budgets(**budget_arguments(options)))
     points = run_sweep(
-        sweep, config, _request(options), machine, dtype, console.say, options.plan_seconds
+        sweep,
+        config,
+        _request(options),
+        machine,
+        dtype,
+        console.say,
+        encodings=encodings,
+        plan_seconds=options.plan_seconds,
     )
     title = f"{config.model_type}, {dtype.name}, on {machine.name}: {sweep.axis}"
     if options.report is not None:

@@ -88,10 +88,12 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
     traces: dict[Any, Any] = {}
     make_network, make_trace = loading.shape_network, runner.trace_phase
 
-    def network(config: Any, *, dtype: Any, vocab_rows: int) -> Any:
-        key = config, dtype, vocab_rows
+    def network(config: Any, *, dtype: Any, vocab_rows: int, encodings: Any) -> Any:
+        key = config, dtype, vocab_rows, tuple(encodings.items())
         if key not in networks:
-            networks[key] = make_network(config, dtype=dtype, vocab_rows=vocab_rows)
+            networks[key] = make_network(
+                config, dtype=dtype, vocab_rows=vocab_rows, encodings=encodings
+            )
         return networks[key]
 
     def trace(phase: Any, network: Any, arrays: Any, known: Any = None) -> Any:

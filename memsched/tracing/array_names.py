@@ -10,16 +10,17 @@ import jax
 from memsched.errors import ProgramError
 from memsched.program import KINDS, Kind
 
-# Flax's parameters are pytree nodes with one leaf; its name says nothing.
-WRAPPERS = frozenset({"raw_value", "value"})
+# Flax's parameters, and encoded arrays in them, are pytree nodes with one leaf; its name says
+# nothing.
+WRAPPERS = frozenset({"raw_value", "value", "packed"})
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A path in a pytree as "layers.0.weight", without the wrapper of a Flax parameter."""
-    parts = [_part(key) for key in path]
-    if parts and parts[-1] in WRAPPERS and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        parts.pop()
-    return ".".join(parts)
+    """A path in a pytree as "layers.0.weight", without the wrappers of an array."""
+    count = len(path)
+    while count and _is_wrapper(path[count - 1]):
+        count -= 1
+    return ".".join(map(_part, path[:count]))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +95,10 @@ def kinds_of(
     for owner, prefix in sorted(unused):
         raise ProgramError(f"kinds of argument {owner}: no array is named {prefix!r} or below it")
     return found
+
+
+def _is_wrapper(key: Any) -> bool:
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name in WRAPPERS
 
 
 def _longest_prefix(name: str, kinds: Mapping[str, str]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from qwen3vl_jax.config import Config
@@ -42,7 +41,7 @@ def hf_shape(entries: list[Entry]) -> list[int]:
 
 
 def write(
-    folder: Path, values: Mapping[str, Any], config: Config, parameters: Mapping[str, jax.Array]
+    folder: Path, values: Mapping[str, Any], config: Config, parameters: Mapping[str, Any]
 ) -> None:
     """config.json and one model.safetensors; complete when config.json is there."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,28 @@
-"""Changing the format of a checkpoint: Hugging Face or Orbax to our store, and back.
+"""Changing the format of a checkpoint: Hugging Face, Orbax or a raw store to our store.
 
-One array is in memory at a time. What is finished is noted in a journal, so the same call
-continues after a kill; the destination appears only when it is complete and durable.
+One array is in memory at a time, and what it becomes. What is finished is noted in a journal, so
+the same call continues after a kill; the destination appears only when it is complete and durable.
 """
 
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.array_writer import ArrayWriter, stored_array
+from qwen3vl_jax.checkpoints.encodings import (
+    Encodings,
+    as_encoded,
+    encodings_of,
+    origin,
+    origins,
+)
 from qwen3vl_jax.checkpoints.files import (
     DTYPES,
-    PIECE_BYTES,
-    aligned_empty,
     bytes_of,
     pieces,
     read_small,
@@ -24,7 +31,7 @@ from qwen3vl_jax.checkpoints.files import (
     write_synced,
 )
 from qwen3vl_jax.checkpoints.hf_checkpoint import INDEX_NAME, HFCheckpoint
-from qwen3vl_jax.checkpoints.hf_layout import keep_layout
+from qwen3vl_jax.checkpoints.hf_layout import keep_layout, pass_layout_on
 from qwen3vl_jax.checkpoints.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -35,16 +42,12 @@ from qwen3vl_jax.checkpoints.manifest import (
     encode,
 )
 from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
-from qwen3vl_jax.checkpoints.store import ARRAYS_NAME
+from qwen3vl_jax.checkpoints.store import Store, check_file
 from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
-from qwen3vl_jax.checkpoints.zarr_array import check_array_files, sync_arrays, write_array
 from qwen3vl_jax.config import Config, load_config
-from qwen3vl_jax.errors import StorageError, UsageError, WeightError
+from qwen3vl_jax.errors import StorageError, UsageError
 from qwen3vl_jax.weights import Entry, arrays
 
-# One round of fsync is for so much; a kill loses at most this.
-BATCH_BYTES = 64 * 2**20
-BATCH_ARRAYS = 16
 # What makes a directory of weights a model: copied as it is, where it is there.
 SIDE_FILES = (
     "config.json",
@@ -76,40 +79,56 @@ class Progress(Protocol):
         """So many bytes of the stage are done since the last call."""
 
 
-def to_store(source: Path, destination: Path, *, dtype: str, progress: Progress) -> None:
-    """Write our store at `destination` from a Hugging Face or Orbax checkpoint.
+def to_store(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str,
+    progress: Progress,
+    codecs: Mapping[str, str] | None = None,
+) -> None:
+    """Write our store at `destination` from a Hugging Face or Orbax checkpoint, or a raw store.
 
     Args:
         dtype: "keep", or the name of the dtype that all arrays get.
+        codecs: for paths of arrays the codec that each is encoded with; those that would not
+            become smaller stay raw.
 
     Raises:
-        UsageError: if `destination` exists, or the source is a store already.
+        UsageError: if `destination` exists, or the source is such a store already.
         WeightError: if the source is damaged, or not the model of its config.json.
+        memsched.errors.CodecError: an array to be encoded has NaN or infinite numbers.
         StorageError: if there is too little space, or the system refuses.
     """
-    kind = kind_of(source)
-    if kind == "store":
-        raise UsageError(f"{source} is a store already; use --to-hf, --to-orbax or --verify")
     config = load_config(source)
-    task = {"to": "store", "dtype": dtype, "from": fingerprint(source)}
-    with (
-        open_checkpoint(source, config) as checkpoint,
-        WorkDirectory(destination, task) as work,
-    ):
-        _check_space(checkpoint, config, work, dtype)
-        progress.stage("converting", checkpoint.nbytes)
-        writer = _Writer(work, dtype)
-        shards: dict[str, StoredFile] = {}
-        files = copy_side_files(source, work.content)
-        if isinstance(checkpoint, HFCheckpoint):
-            shards = _store_shards(checkpoint, config, writer, progress)
-            files |= keep_layout(checkpoint, work.content)
-        else:
-            _store_arrays(checkpoint, config, writer, progress)
-        stored = {entry.array: _stored(work.done[entry.array]) for entry in arrays(config)}
-        manifest = Manifest(stored, files, Source(kind, dtype, shards))
-        write_synced(work.content / MANIFEST_NAME, encode(manifest))
-        work.publish()
+    if kind_of(source) == "store" and not codecs:
+        raise UsageError(
+            f"{source} is a store already; use --codec, --to-hf, --to-orbax or --verify"
+        )
+    with open_checkpoint(source, config) as checkpoint:
+        if checkpoint.encodings:
+            raise UsageError(
+                f"{source} is an encoded store, and nothing is encoded twice; convert the original"
+            )
+        dtypes = _dtypes(checkpoint, config, dtype)
+        encodings = {} if codecs is None else encodings_of(config, codecs, dtypes)
+        task = {"to": "store", "dtype": dtype, "from": fingerprint(source)} | _task(encodings)
+        with WorkDirectory(destination, task) as work:
+            _check_space(config, work, dtypes, encodings)
+            progress.stage("converting", checkpoint.nbytes)
+            writer = ArrayWriter(work, dtype, encodings)
+            files = _copy_files(checkpoint, source, work.content)
+            kept = _store_all(checkpoint, config, writer, progress)
+            names = (entry.array for entry in arrays(as_encoded(config, encodings)))
+            stored = {name: stored_array(work.done[name]) for name in names}
+            write_synced(work.content / MANIFEST_NAME, encode(Manifest(stored, files, kept)))
+            work.publish()
+
+
+def _task(encodings: Encodings) -> dict[str, str]:
+    """What tells work with these codecs from other work."""
+    names = sorted((name, encoding.codec) for name, encoding in encodings.items())
+    return {"codecs": sha256(repr(names).encode())} if names else {}
 
 
 def fingerprint(source: Path) -> list[list[Any]]:
@@ -140,28 +159,6 @@ def copy_side_files(source: Path, destination: Path) -> dict[str, StoredFile]:
     return copied
 
 
-def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`values` as `dtype`; themselves if they have it already.
-
-    Raises:
-        WeightError: if a finite value becomes infinite.
-    """
-    if values.dtype == dtype:
-        return values
-    result = aligned_empty(values.shape, dtype)
-    rows = max(1, PIECE_BYTES * len(values) // values.nbytes)
-    for first in range(0, len(values), rows):
-        part = values[first : first + rows]
-        with np.errstate(over="ignore"):
-            result[first : first + rows] = part.astype(dtype)
-        if not np.array_equal(np.isfinite(part), np.isfinite(result[first : first + rows])):
-            raise WeightError(
-                f"array {name!r} has values beyond the range of {dtype.name}; "
-                "choose another --dtype"
-            )
-    return result
-
-
 def needed_space(path: Path, nbytes: int) -> None:
     """Whether the file system of `path` has `nbytes` left for us.
 
@@ -178,28 +175,77 @@ def needed_space(path: Path, nbytes: int) -> None:
         )
 
 
-def _check_space(checkpoint: Checkpoint, config: Config, work: WorkDirectory, dtype: str) -> None:
+def _dtypes(checkpoint: Checkpoint, config: Config, dtype: str) -> Callable[[Entry], np.dtype]:
+    """The dtypes that arrays have before they are encoded."""
+
+    def dtype_of(entry: Entry) -> np.dtype:
+        return checkpoint.dtype_of(origin(entry, config)) if dtype == "keep" else DTYPES[dtype]
+
+    return dtype_of
+
+
+def _check_space(
+    config: Config,
+    work: WorkDirectory,
+    dtype_of: Callable[[Entry], np.dtype],
+    encodings: Encodings,
+) -> None:
     nbytes = 0
-    for entry in arrays(config):
+    for entry in arrays(as_encoded(config, encodings)):
         if entry.array not in work.done:
-            wanted = checkpoint.dtype_of(entry).name if dtype == "keep" else dtype
-            sizes = chunk_files(StoredArray(wanted, entry.shape, ""))
+            stored = StoredArray(dtype_of(entry).name, entry.shape, "")
+            if encoding := encodings.get(entry.array):
+                shape, packed_dtype = encoding.packed
+                stored = StoredArray(packed_dtype, shape, "", encoding)
+            sizes = chunk_files(stored)
             # A file occupies whole blocks; zarr.json one, and its directory one.
             nbytes += sum(-(-size // 4096) * 4096 for size in sizes.values()) + 8192
     needed_space(work.content, nbytes)
 
 
+def _copy_files(checkpoint: Checkpoint, source: Path, content: Path) -> dict[str, StoredFile]:
+    """Copy what lies beside the arrays, and the layout of the original where it is known."""
+    if isinstance(checkpoint, Store):
+        for name in checkpoint.manifest.files:
+            check_file(source, name, checkpoint.manifest)
+        return copy_side_files(source, content) | pass_layout_on(checkpoint, content)
+    files = copy_side_files(source, content)
+    return (
+        files | keep_layout(checkpoint, content) if isinstance(checkpoint, HFCheckpoint) else files
+    )
+
+
+def _store_all(
+    checkpoint: Checkpoint, config: Config, writer: ArrayWriter, progress: Progress
+) -> Source:
+    """Store all arrays; returns where they came from."""
+    match checkpoint:
+        case HFCheckpoint():
+            shards = _store_shards(checkpoint, config, writer, progress)
+            return Source("huggingface", writer.dtype, shards)
+        case Store():
+            _store_arrays(checkpoint, config, writer, progress)
+            first = checkpoint.manifest.source
+            return (
+                first if writer.dtype == "keep" else dataclasses.replace(first, dtype=writer.dtype)
+            )
+        case _:
+            _store_arrays(checkpoint, config, writer, progress)
+            return Source("orbax", writer.dtype, {})
+
+
 def _store_shards(
-    checkpoint: HFCheckpoint, config: Config, writer: "_Writer", progress: Progress
+    checkpoint: HFCheckpoint, config: Config, writer: ArrayWriter, progress: Progress
 ) -> dict[str, StoredFile]:
     """Store all arrays in the order of the files' bytes; return the digests of the files."""
+    made = origins(config, writer.encodings)
     homes: dict[int, list[Entry]] = {number: [] for number in range(len(checkpoint.shards))}
-    for entry in sorted(arrays(config), key=checkpoint.place_of):
+    for entry in sorted(made, key=checkpoint.place_of):
         homes[checkpoint.place_of(entry)[0]].append(entry)
     digests = {}
     for number, shard in enumerate(checkpoint.shards):
         name = f"shard {shard.path.name}"
-        if name in writer.work.done and all(map(writer.has, homes[number])):
+        if name in writer.work.done and not any(writer.missing(made[e]) for e in homes[number]):
             progress.advance(shard.nbytes - len(shard.header.raw))
         else:
             digest = hashlib.sha256(shard.header.raw)
@@ -207,8 +253,8 @@ def _store_shards(
                 stored = checkpoint.read_stored(entry)
                 for piece in pieces(bytes_of(stored)):
                     digest.update(piece)
-                if not writer.has(entry):
-                    writer.put(entry, checkpoint.orient(entry, stored))
+                if missing := writer.missing(made[entry]):
+                    writer.put(missing, checkpoint.orient(entry, stored))
                 progress.advance(stored.nbytes)
             record = StoredFile(shard.nbytes, digest.hexdigest())
             writer.flush()
@@ -218,51 +264,10 @@ def _store_shards(
 
 
 def _store_arrays(
-    checkpoint: Checkpoint, config: Config, writer: "_Writer", progress: Progress
+    checkpoint: Checkpoint, config: Config, writer: ArrayWriter, progress: Progress
 ) -> None:
-    for entry in arrays(config):
-        if not writer.has(entry):
-            writer.put(entry, checkpoint.read(entry))
+    for entry, made in origins(config, writer.encodings).items():
+        if missing := writer.missing(made):
+            writer.put(missing, checkpoint.read(entry))
         progress.advance(int(np.prod(entry.shape)) * checkpoint.dtype_of(entry).itemsize)
     writer.flush()
-
-
-class _Writer:
-    """Writes arrays; makes them durable and notes them a batch at a time."""
-
-    def __init__(self, work: WorkDirectory, dtype: str) -> None:
-        self.work = work
-        self._dtype = dtype
-        self._folder = work.content / ARRAYS_NAME
-        self._batch: dict[str, StoredArray] = {}
-
-    def has(self, entry: Entry) -> bool:
-        """Whether the array was noted, and its files have the right names and sizes."""
-        record = self.work.done.get(entry.array)
-        if record is None:
-            return False
-        try:
-            check_array_files(self._folder, entry.array, _stored(record))
-        except (WeightError, StorageError):
-            return False
-        return True
-
-    def put(self, entry: Entry, values: np.ndarray) -> None:
-        """Write an array in the wanted dtype."""
-        dtype = values.dtype if self._dtype == "keep" else DTYPES[self._dtype]
-        record = write_array(self._folder, entry.array, cast(values, dtype, entry.array))
-        self._batch[entry.array] = record
-        nbytes = sum(array.nbytes for array in self._batch.values())
-        if len(self._batch) >= BATCH_ARRAYS or nbytes >= BATCH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Make durable and note what was put since the last time."""
-        if self._batch:
-            sync_arrays(self._folder, self._batch)
-            self.work.note({n: dataclasses.asdict(array) for n, array in self._batch.items()})
-            self._batch = {}
-
-
-def _stored(record: dict[str, Any]) -> StoredArray:
-    return StoredArray(record["dtype"], tuple(record["shape"]), record["sha256"])

@@ -27,6 +27,8 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+# What may lie in a store: numbers, or the bytes of encoded ones.
+STORED_DTYPES = DTYPES | {"uint8": np.dtype(np.uint8)}
 
 # A downloaded snapshot is a folder of links to files that are named by their own hash.
 _HUB_BLOB = re.compile(r"\.\./\.\./blobs/[0-9a-f]{40,64}")

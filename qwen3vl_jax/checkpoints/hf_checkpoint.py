@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.encodings import Encodings
 from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.files import aligned_empty
 from qwen3vl_jax.checkpoints.safetensors_file import SafetensorsFile, read_index
@@ -49,6 +50,11 @@ class HFCheckpoint:
         """Bytes of all tensors."""
         return sum(t.stop - t.start for file in self.shards for t in file.header.tensors)
 
+    @property
+    def encodings(self) -> Encodings:
+        """None: numbers lie there as they are."""
+        return {}
+
     def dtype_of(self, entry: Entry) -> np.dtype:
         """The dtype in the file."""
         return self._home[entry.hf_name].tensors[entry.hf_name].dtype
@@ -66,6 +72,10 @@ class HFCheckpoint:
         if entry.rows is not None:
             return file.read(entry.hf_name, entry.rows[0], entry.rows[1] - entry.rows[0])
         return file.read(entry.hf_name)
+
+    def read_packed(self, entry: Entry) -> np.ndarray:
+        """The same: nothing is encoded."""
+        return self.read(entry)
 
     def extents(self, entry: Entry) -> tuple[Extent, ...]:
         """The one range of bytes that is an array. Nothing checks them but their place.

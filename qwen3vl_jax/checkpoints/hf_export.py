@@ -1,7 +1,9 @@
 """Back to Hugging Face: safetensors files from a store or an Orbax checkpoint.
 
 Where the layout of the original is known every file gets its old bytes, and its SHA-256 is
-compared with the one of the original before the destination appears.
+compared with the one of the original before the destination appears. An encoded store gives what
+its arrays decode to, in that layout; the encoded head of a tied model is left out, as its table is
+the head again.
 """
 
 import dataclasses

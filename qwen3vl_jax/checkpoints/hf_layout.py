@@ -79,6 +79,18 @@ def keep_layout(checkpoint: HFCheckpoint, content: Path) -> dict[str, StoredFile
     index = checkpoint.directory / INDEX_NAME
     if index.exists():
         kept[INDEX_NAME] = read_small(index, INDEX_BYTES)
+    return _keep(kept, content)
+
+
+def pass_layout_on(store: Store, content: Path) -> dict[str, StoredFile]:
+    """Keep durably, in the folder `content` of another store, what a store knows of its source."""
+    prefix = f"{SOURCE_NAME}/"
+    names = [name for name in store.manifest.files if name.startswith(prefix)]
+    kept = {name.removeprefix(prefix): _kept(store, name.removeprefix(prefix)) for name in names}
+    return _keep(kept, content) if kept else {}
+
+
+def _keep(kept: dict[str, bytes], content: Path) -> dict[str, StoredFile]:
     folder = content / SOURCE_NAME
     with storage_errors(f"cannot create {folder}"):
         folder.mkdir(exist_ok=True)
@@ -108,7 +120,9 @@ def layout_of(checkpoint: Checkpoint, config: Config) -> Layout:
     has_index = f"{SOURCE_NAME}/{INDEX_NAME}" in checkpoint.manifest.files
     if source.dtype == "keep":
         index = _kept(checkpoint, INDEX_NAME) if has_index else None
-        return Layout(headers, released, dict(source.shards), index)
+        # What was encoded and decoded again is not what it was.
+        originals = {} if checkpoint.encodings else dict(source.shards)
+        return Layout(headers, released, originals, index)
     dtype = DTYPES[source.dtype]
     headers = {
         name: new_header(Planned(tensor.name, dtype, tensor.shape) for tensor in header.tensors)

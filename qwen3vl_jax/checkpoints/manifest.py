@@ -8,6 +8,10 @@ changes in it is noticed. It implies every zarr.json, so tensorstore opens nothi
      "files": {name: {"nbytes", "sha256"}},               everything else in the directory
      "source": {"kind", "dtype", "shards": {name: {"nbytes", "sha256"}}},
      "digest": sha256 of all of the above}
+
+Version 2 is for stores with encoded arrays. Those also have "encoding": {"codec", "shape",
+"dtype"}, the codec's name and what the values stand for; the array's own shape and dtype follow
+from these.
 """
 
 import dataclasses
@@ -17,12 +21,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3vl_jax.checkpoints.files import DTYPES, sha256
+from qwen3vl_jax.checkpoints.encodings import Encoding
+from qwen3vl_jax.checkpoints.files import DTYPES, STORED_DTYPES, sha256
 from qwen3vl_jax.checkpoints.safetensors_file import strict_json
 from qwen3vl_jax.errors import WeightError
 
 FORMAT = "qwen3vl-store"
-VERSION = 1
+VERSIONS = (1, 2)  # without and with encoded arrays
 MANIFEST_NAME = "manifest.json"
 ZARR_NAME = "zarr.json"
 CHUNK_BYTES = 4 * 2**20
@@ -41,14 +46,39 @@ class StoredArray:
     dtype: str
     shape: tuple[int, ...]
     sha256: str
+    encoding: Encoding | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        size = DTYPES[self.dtype].itemsize
+        size = STORED_DTYPES[self.dtype].itemsize
         for length in self.shape:
             size *= length
         return size
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """The shape of the array that the values stand for."""
+        return self.shape if self.encoding is None else self.encoding.shape
+
+    @property
+    def raw_dtype(self) -> str:
+        """And its dtype."""
+        return self.dtype if self.encoding is None else self.encoding.dtype
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk. Encoded rows are cut where raw ones are: blocks begin with a chunk."""
+        if self.encoding is not None and self.encoding.keeps_rows:
+            return chunk_rows(self.raw_shape, DTYPES[self.raw_dtype].itemsize)
+        return chunk_rows(self.shape, STORED_DTYPES[self.dtype].itemsize)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a manifest has it."""
+        fields = dataclasses.asdict(self)
+        if self.encoding is None:
+            del fields["encoding"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,14 +106,22 @@ class Manifest:
     files: Mapping[str, StoredFile]
     source: Source
 
+    @property
+    def encodings(self) -> dict[str, Encoding]:
+        """Those of the arrays that have one."""
+        found = ((name, array.encoding) for name, array in self.arrays.items())
+        return {name: encoding for name, encoding in found if encoding is not None}
+
 
 def encode(manifest: Manifest) -> bytes:
     """The one spelling of a manifest."""
     body = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if manifest.encodings else 1,
         "chunk_bytes": CHUNK_BYTES,
-        **dataclasses.asdict(manifest),
+        "arrays": {name: array.as_dict() for name, array in manifest.arrays.items()},
+        "files": {name: dataclasses.asdict(file) for name, file in manifest.files.items()},
+        "source": dataclasses.asdict(manifest.source),
     }
     return _spell(body | {"digest": sha256(_spell(body))})
 
@@ -97,10 +135,10 @@ def decode(raw: bytes, label: str) -> Manifest:
     body = strict_json(raw, label)
     if body.get("format") != FORMAT:
         raise WeightError(f"{label} is no manifest of ours; convert the model again")
-    if body.get("version") != VERSION or body.get("chunk_bytes") != CHUNK_BYTES:
+    if body.get("version") not in VERSIONS or body.get("chunk_bytes") != CHUNK_BYTES:
         raise WeightError(
             f"{label} has version {body.get('version')!r} and chunks of "
-            f"{body.get('chunk_bytes')!r} B, wanted {VERSION} and {CHUNK_BYTES}; "
+            f"{body.get('chunk_bytes')!r} B, wanted 1 or 2 and {CHUNK_BYTES}; "
             "convert the model again"
         )
     digest = body.pop("digest", None)
@@ -124,14 +162,13 @@ def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
 
 def zarr_metadata(array: StoredArray) -> dict[str, Any]:
     """What tensorstore is told about an array."""
-    rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
-    chunk = [rows, *array.shape[1:]]
+    chunk = [array.chunk_rows, *array.shape[1:]]
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(array.shape),
         "data_type": array.dtype,
-        "fill_value": 0.0,
+        "fill_value": 0 if array.dtype == "uint8" else 0.0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         # c.0.0 and not c/0/0: all chunks of an array lie in one directory.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
@@ -148,8 +185,7 @@ def zarr_json(array: StoredArray) -> bytes:
 
 def chunk_files(array: StoredArray) -> dict[str, int]:
     """Name -> size of the chunk files of an array. Every chunk is full; 4 B are its crc32c."""
-    itemsize = DTYPES[array.dtype].itemsize
-    rows = chunk_rows(array.shape, itemsize)
+    rows = array.chunk_rows
     size = array.nbytes // array.shape[0] * rows + 4
     zeros = ".0" * (len(array.shape) - 1)
     return {f"c.{chunk}{zeros}": size for chunk in range(-(-array.shape[0] // rows))}
@@ -165,8 +201,11 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     source = body["source"]
     if source["kind"] not in KINDS or source["dtype"] not in DTYPE_CHOICES or len(source) != 3:
         raise ValueError("unknown source")
+    arrays = {name: _array(entry) for name, entry in body["arrays"].items()}
+    if any(array.encoding for array in arrays.values()) != (body["version"] == 2):
+        raise ValueError("encoded arrays and the version do not go together")
     return Manifest(
-        {name: _array(entry) for name, entry in body["arrays"].items()},
+        arrays,
         {name: _file(name, entry) for name, entry in body["files"].items()},
         Source(
             source["kind"],
@@ -177,12 +216,32 @@ def _manifest(body: dict[str, Any]) -> Manifest:
 
 
 def _array(entry: dict[str, Any]) -> StoredArray:
-    shape = tuple(entry["shape"])
+    shape, encoding = _shape(entry["shape"]), None
+    if "encoding" in entry:
+        encoding = _encoding(entry["encoding"])
+        if encoding.packed != (shape, entry["dtype"]):
+            raise ValueError("shape or dtype does not follow from the encoding")
+    elif entry["dtype"] not in DTYPES:
+        raise ValueError("bad dtype")
+    if not _SHA256.fullmatch(entry["sha256"]) or len(entry) != 3 + (encoding is not None):
+        raise ValueError("bad array")
+    return StoredArray(entry["dtype"], shape, entry["sha256"], encoding)
+
+
+def _encoding(entry: dict[str, Any]) -> Encoding:
+    if len(entry) != 3 or entry["dtype"] not in DTYPES or not isinstance(entry["codec"], str):
+        raise ValueError("bad encoding")
+    encoding = Encoding(entry["codec"], _shape(entry["shape"]), entry["dtype"])
+    if encoding.format.name != encoding.codec or not encoding.saves:
+        raise ValueError("an encoding by another name, or one that saves nothing")
+    return encoding
+
+
+def _shape(lengths: list[Any]) -> tuple[int, ...]:
+    shape = tuple(lengths)
     if not shape or any(type(length) is not int or not 0 < length < 2**48 for length in shape):
         raise ValueError("bad shape")
-    if entry["dtype"] not in DTYPES or not _SHA256.fullmatch(entry["sha256"]) or len(entry) != 3:
-        raise ValueError("bad array")
-    return StoredArray(entry["dtype"], shape, entry["sha256"])
+    return shape
 
 
 def _file(name: str, entry: dict[str, Any]) -> StoredFile:

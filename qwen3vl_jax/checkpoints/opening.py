@@ -5,10 +5,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings, as_encoded
 from qwen3vl_jax.checkpoints.extents import Extent
+from qwen3vl_jax.checkpoints.files import read_small
 from qwen3vl_jax.checkpoints.hf_checkpoint import HFCheckpoint
-from qwen3vl_jax.checkpoints.manifest import MANIFEST_NAME
-from qwen3vl_jax.config import Config
+from qwen3vl_jax.checkpoints.manifest import MANIFEST_BYTES, MANIFEST_NAME
+from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import WeightError
 from qwen3vl_jax.weights import Entry
 
@@ -21,6 +23,10 @@ class Checkpoint(Protocol):
     def nbytes(self) -> int:
         """Bytes of all arrays, as stored."""
 
+    @property
+    def encodings(self) -> Encodings:
+        """Of arrays that are stored in fewer bytes, how; `read` decodes them."""
+
     def dtype_of(self, entry: Entry) -> np.dtype:
         """The dtype that `read` returns: float32, float16 or bfloat16."""
 
@@ -32,8 +38,11 @@ class Checkpoint(Protocol):
             StorageError: if the system reports a read error.
         """
 
+    def read_packed(self, entry: Entry) -> np.ndarray:
+        """The same as it is stored: encoded, if it is."""
+
     def extents(self, entry: Entry) -> tuple[Extent, ...]:
-        """The files and places that hold the array's bytes, in order, in the dtype on disk.
+        """The files and places that hold the array's bytes, in order, as they are on disk.
 
         Raises:
             UsageError: it does not lie there as it is: convert the model first.
@@ -69,6 +78,23 @@ def open_checkpoint(path: str | Path, config: Config) -> Checkpoint:
             return OrbaxCheckpoint(path, config)
         case _:
             return HFCheckpoint(path, config)
+
+
+def described(path: str | Path) -> tuple[Config, Encodings]:
+    """The model of a directory or a config.json, as it runs, and which of its arrays are encoded.
+
+    A tied model whose head is encoded runs as one that is not tied. Reads no weight.
+
+    Raises:
+        ConfigError: there is no config.json that can be honoured.
+        WeightError, StorageError: as `open_checkpoint` says of a store.
+    """
+    config, manifest = load_config(path), Path(path) / MANIFEST_NAME
+    # To read it in full takes 0.1 s for 20,000 arrays, and few stores are encoded.
+    if not manifest.exists() or b'"encoding"' not in read_small(manifest, MANIFEST_BYTES):
+        return config, NOTHING_ENCODED
+    with open_checkpoint(path, config) as checkpoint:
+        return as_encoded(config, checkpoint.encodings), checkpoint.encodings
 
 
 def kind_of(path: Path) -> str:

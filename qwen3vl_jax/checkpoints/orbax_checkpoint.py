@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from qwen3vl_jax.checkpoints.encodings import Encodings
 from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.files import DTYPES, aligned_empty
 from qwen3vl_jax.config import Config
@@ -54,6 +55,11 @@ class OrbaxCheckpoint:
         found = self._arrays.values()
         return sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in found)
 
+    @property
+    def encodings(self) -> Encodings:
+        """None: numbers lie there as they are."""
+        return {}
+
     def dtype_of(self, entry: Entry) -> np.dtype:
         """The dtype in the checkpoint."""
         return DTYPES[np.dtype(self._arrays[entry.array].dtype).name]
@@ -75,6 +81,10 @@ class OrbaxCheckpoint:
         values = aligned_empty(entry.shape, self.dtype_of(entry))
         values[...] = found
         return values
+
+    def read_packed(self, entry: Entry) -> np.ndarray:
+        """The same: nothing is encoded."""
+        return self.read(entry)
 
     def extents(self, entry: Entry) -> tuple[Extent, ...]:
         """Always refused: Orbax compresses.

@@ -15,6 +15,7 @@ from qwen3vl_jax.checkpoints.conversion import (
     fingerprint,
     needed_space,
 )
+from qwen3vl_jax.checkpoints.encodings import decoded_bytes
 from qwen3vl_jax.checkpoints.files import sync_directory, sync_file
 from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
 from qwen3vl_jax.checkpoints.orbax_checkpoint import FOLDER_NAME, explained
@@ -29,7 +30,8 @@ CHUNK_BYTES = 64 * 2**20
 def to_orbax(source: Path, destination: Path, *, progress: Progress) -> None:
     """Write `destination`/orbax, with config and tokenizer beside it.
 
-    A killed run starts again from the beginning: Orbax has no journal.
+    A killed run starts again from the beginning: Orbax has no journal. What is encoded is written
+    decoded, and a tied model's own head is left out: its table is the head again.
 
     Raises:
         UsageError: if `destination` exists, or the source is an Orbax checkpoint already.
@@ -44,8 +46,9 @@ def to_orbax(source: Path, destination: Path, *, progress: Progress) -> None:
         open_checkpoint(source, config) as checkpoint,
         WorkDirectory(destination, task) as work,
     ):
-        needed_space(work.content, checkpoint.nbytes)
-        progress.stage("writing Orbax", checkpoint.nbytes)
+        nbytes = decoded_bytes(arrays(config), checkpoint.dtype_of)
+        needed_space(work.content, nbytes)
+        progress.stage("writing Orbax", nbytes)
         tree: dict[str, Any] = {}
         for entry in arrays(config):
             *folders, name = entry.array.split(".")

@@ -6,12 +6,15 @@ It is also the disk tier of the model: any array, or any rows of one, is read al
     DIR/arrays/<path>/zarr.json   c.0.0   c.1.0   ...
 
 A chunk is raw little-endian values and their crc32c, which tensorstore checks at every read.
+Encoded arrays are arrays of bytes like any other; `read` decodes them, and `extents` says where
+they lie.
 """
 
 from pathlib import Path
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.encodings import as_encoded, fault_of, unpacked
 from qwen3vl_jax.checkpoints.extents import Extent
 from qwen3vl_jax.checkpoints.files import DTYPES, read_small, sha256
 from qwen3vl_jax.checkpoints.manifest import (
@@ -19,7 +22,6 @@ from qwen3vl_jax.checkpoints.manifest import (
     MANIFEST_NAME,
     Manifest,
     chunk_files,
-    chunk_rows,
     decode,
 )
 from qwen3vl_jax.checkpoints.zarr_array import check_array_files, read_rows
@@ -43,6 +45,7 @@ class Store:
         self.directory = directory
         label = str(directory / MANIFEST_NAME)
         self.manifest = decode(read_small(directory / MANIFEST_NAME, MANIFEST_BYTES), label)
+        self.encodings = self.manifest.encodings
         check_arrays(self.manifest, config, label)
         check_file(directory, "config.json", self.manifest)
 
@@ -52,11 +55,16 @@ class Store:
         return sum(array.nbytes for array in self.manifest.arrays.values())
 
     def dtype_of(self, entry: Entry) -> np.dtype:
-        """The dtype on disk."""
-        return DTYPES[self.manifest.arrays[entry.array].dtype]
+        """The dtype of the values, decoded."""
+        return DTYPES[self.manifest.arrays[entry.array].raw_dtype]
 
     def read(self, entry: Entry) -> np.ndarray:
-        """One array, as `opening.Checkpoint.read` says."""
+        """One array, as `opening.Checkpoint.read` says: decoded, if it is encoded."""
+        encoding, stored = self.encodings.get(entry.array), self.read_packed(entry)
+        return stored if encoding is None else unpacked(stored, encoding.part(entry.rows))
+
+    def read_packed(self, entry: Entry) -> np.ndarray:
+        """One array as it is stored."""
         array = self.manifest.arrays[entry.array]
         first, stop = entry.rows or (0, array.shape[0])
         return read_rows(self.directory / ARRAYS_NAME, entry.array, array, first, stop)
@@ -71,7 +79,7 @@ class Store:
         array = self.manifest.arrays[entry.array]
         check_array_files(self.directory / ARRAYS_NAME, entry.array, array)
         folder = self.directory / ARRAYS_NAME / entry.array
-        rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
+        rows = array.chunk_rows
         row_bytes = array.nbytes // array.shape[0]
         first, stop = entry.rows or (0, array.shape[0])
         if first % rows:
@@ -99,17 +107,21 @@ def check_arrays(manifest: Manifest, config: Config, label: str) -> None:
     Raises:
         WeightError: naming the first array that is missing, unknown or misshapen.
     """
-    wanted = {entry.array: entry.shape for entry in arrays(config)}
+    encodings = manifest.encodings
+    wanted = {entry.array: entry.shape for entry in arrays(as_encoded(config, encodings))}
     for name in sorted(wanted.keys() ^ manifest.arrays.keys()):
         fault = "misses array" if name in wanted else "holds an unknown array"
         raise WeightError(f"{label} {fault} {name!r}; it belongs to another config.json")
     for name, shape in wanted.items():
-        found = manifest.arrays[name].shape
+        found = manifest.arrays[name].raw_shape
         if found != shape:
             raise WeightError(
                 f"{label}: {name!r} is {list(found)}, but config.json wants {list(shape)}; "
                 "it belongs to another config.json"
             )
+    wrong = fault_of(encodings, config)
+    if wrong is not None:
+        raise WeightError(f"{label}: {wrong}; convert the model again")
 
 
 def check_file(directory: Path, name: str, manifest: Manifest) -> bytes:

@@ -4,24 +4,31 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3vl_jax.checkpoints.conversion import Progress, cast
+from qwen3vl_jax.checkpoints.array_writer import cast
+from qwen3vl_jax.checkpoints.conversion import Progress
+from qwen3vl_jax.checkpoints.encodings import as_encoded, decoded_bytes, origin, packed
 from qwen3vl_jax.checkpoints.files import bytes_of, sha256
 from qwen3vl_jax.checkpoints.manifest import ZARR_NAME, chunk_files
 from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
 from qwen3vl_jax.checkpoints.store import ARRAYS_NAME, Store, check_file
 from qwen3vl_jax.checkpoints.zarr_array import verify_array
-from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import UsageError, WeightError
 from qwen3vl_jax.weights import Entry, arrays
 
 
-def verify(source: Path, destination: Path, *, progress: Progress) -> None:
+def verify(source: Path, destination: Path, *, progress: Progress) -> bool:
     """Read all of both again and compare every array, bit for bit.
 
-    Where the source has another dtype its values are converted first. If `destination` is a
-    store, all its files are compared with its manifest too.
+    Where the source has another dtype its values are converted first, and where the destination is
+    encoded they are encoded. If `destination` is a store, all its files are compared with its
+    manifest too.
+
+    Returns:
+        Whether the destination is encoded.
 
     Raises:
+        UsageError: if both are encoded: it cannot be known from what.
         WeightError: naming the first array or file that differs or is damaged.
         StorageError: if the system reports a read error.
     """
@@ -31,12 +38,20 @@ def verify(source: Path, destination: Path, *, progress: Progress) -> None:
         open_checkpoint(destination, config) as found,
     ):
         if isinstance(found, Store):
-            _verify_store(found, config, progress)
-        progress.stage("comparing", wanted.nbytes)
-        for entry in arrays(config):
-            values = wanted.read(entry)
+            _verify_store(found, progress)
+        if wanted.encodings and found.encodings:
+            raise UsageError(f"{source} and {destination} are both encoded; compare the original")
+        entries = arrays(as_encoded(config, found.encodings))
+        progress.stage(
+            "comparing", decoded_bytes(entries, lambda e: wanted.dtype_of(origin(e, config)))
+        )
+        for entry in entries:
+            values = wanted.read(origin(entry, config))
             size = values.nbytes
-            digest = sha256(bytes_of(cast(values, found.dtype_of(entry), entry.array)))
+            values = cast(values, found.dtype_of(entry), entry.array)
+            if encoding := found.encodings.get(entry.array):
+                values = packed(values, entry.array, encoding)
+            digest = sha256(bytes_of(values))
             del values  # one array at a time: the next line may read the other one
             if digest != _digest(found, entry):
                 raise WeightError(
@@ -44,6 +59,7 @@ def verify(source: Path, destination: Path, *, progress: Progress) -> None:
                     "convert again to another place"
                 )
             progress.advance(size)
+        return bool(found.encodings)
 
 
 def verify_store(directory: Path, *, progress: Progress) -> None:
@@ -58,18 +74,17 @@ def verify_store(directory: Path, *, progress: Progress) -> None:
         raise UsageError(f"{directory} is no store, so it has no digests; name SRC and DST")
     config = load_config(directory)
     with Store(directory, config) as store:
-        _verify_store(store, config, progress)
+        _verify_store(store, progress)
 
 
-def _verify_store(store: Store, config: Config, progress: Progress) -> None:
+def _verify_store(store: Store, progress: Progress) -> None:
     folder = store.directory / ARRAYS_NAME
     progress.stage("verifying", store.nbytes)
     for name in store.manifest.files:
         check_file(store.directory, name, store.manifest)
     _check_strays(store, folder)
-    for entry in arrays(config):
-        array = store.manifest.arrays[entry.array]
-        verify_array(folder, entry.array, array)
+    for name, array in store.manifest.arrays.items():
+        verify_array(folder, name, array)
         progress.advance(array.nbytes)
 
 

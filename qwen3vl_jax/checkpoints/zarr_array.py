@@ -6,6 +6,7 @@ A chunk has at most 4 MiB: raw little-endian values and their crc32c, which tens
 every read. Rows that lie in other chunks are not touched.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from qwen3vl_jax.checkpoints.encodings import Encoding
 from qwen3vl_jax.checkpoints.files import (
-    DTYPES,
+    STORED_DTYPES,
     advice,
     aligned_empty,
     bytes_of,
@@ -35,7 +37,6 @@ from qwen3vl_jax.checkpoints.manifest import (
     ZARR_NAME,
     StoredArray,
     chunk_files,
-    chunk_rows,
     zarr_json,
     zarr_metadata,
 )
@@ -58,7 +59,7 @@ def read_rows(directory: Path, name: str, array: StoredArray, first: int, stop: 
         StorageError: if the system reports a read error.
     """
     check_array_files(directory, name, array)
-    values = aligned_empty((stop - first, *array.shape[1:]), DTYPES[array.dtype])
+    values = aligned_empty((stop - first, *array.shape[1:]), STORED_DTYPES[array.dtype])
     source = _open(directory / name, array)
     target = tensorstore.array(values, copy=False)
     cuts = _cuts(array, first, stop)
@@ -67,14 +68,19 @@ def read_rows(directory: Path, name: str, array: StoredArray, first: int, stop: 
     return values
 
 
-def write_array(directory: Path, name: str, values: np.ndarray) -> StoredArray:
+def write_array(
+    directory: Path, name: str, values: np.ndarray, encoding: Encoding | None = None
+) -> StoredArray:
     """Write one array, replacing whatever lies there. It is durable after `sync_arrays`.
+
+    Args:
+        encoding: what the values stand for, if they are encoded.
 
     Raises:
         StorageError: if the system refuses.
     """
     folder = directory / name
-    array = StoredArray(values.dtype.name, values.shape, "")
+    array = StoredArray(values.dtype.name, values.shape, "", encoding)
     with storage_errors(f"cannot write {folder}"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -88,7 +94,7 @@ def write_array(directory: Path, name: str, values: np.ndarray) -> StoredArray:
             digest.update(bytes_of(values[lo:hi]))
 
     _finish_all(writes(), f"array {name!r}", reading=False)
-    return StoredArray(array.dtype, array.shape, digest.hexdigest())
+    return dataclasses.replace(array, sha256=digest.hexdigest())
 
 
 def sync_arrays(directory: Path, arrays: dict[str, StoredArray]) -> None:
@@ -161,7 +167,7 @@ def _open(folder: Path, array: StoredArray) -> tensorstore.TensorStore:
 
 def _cuts(array: StoredArray, first: int, stop: int) -> Iterator[tuple[int, int]]:
     """Row ranges between `first` and `stop` that lie in one chunk each."""
-    rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
+    rows = array.chunk_rows
     while first < stop:
         border = min(stop, (first // rows + 1) * rows)
         yield first, border

@@ -1,9 +1,10 @@
-"""Products and attention for few rows on x86-64: built at their first use, or reported as absent.
+"""Products and attention on x86-64: built at their first use, or reported as absent.
 
 XLA:CPU has no formulation that reads a 16-bit weight at the speed of memory inside a whole layer
 (DECISIONS.md has the figures), so kernels.cc does, called through jax.ffi. Where there is no
 compiler, no AVX2 or another processor, XLA computes all: the same results within rounding.
-`QWEN3VL_JAX_KERNELS=off` asks for that on purpose.
+`QWEN3VL_JAX_KERNELS=off` asks for that on purpose. Products with weights that rest as int8 or int4
+codes are in `products`.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from qwen3vl_jax.kernels.build import BuildError, load_cached
 
 INSTRUCTION_SETS = ("avx512", "avx2")  # the best first
+OPERATIONS = ("linear", "attention", "encoded", "decoded")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,9 +48,9 @@ def status() -> Status:
     except (BuildError, OSError) as error:
         return Status((), str(error))
     usable = tuple(name for name in INSTRUCTION_SETS if library[f"qwen3vl_has_{name}"]())
-    for name in itertools.product(("linear", "attention"), usable):
-        target = "qwen3vl_{}_{}".format(*name)
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
+    for operation, instruction_set in itertools.product(OPERATIONS, usable):
+        name = target(operation, instruction_set)
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
     return Status(usable, usable[0] if usable else "this processor has neither AVX2 nor AVX-512")
 
 
@@ -68,7 +70,7 @@ def few_rows_product(
     Only where `status()` is active; `instruction_set` is one of those, by default the best.
     """
     result = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(_target("linear", instruction_set), result, vmap_method="sequential")(
+    return jax.ffi.ffi_call(target("linear", instruction_set), result, vmap_method="sequential")(
         rows, weight
     )
 
@@ -87,9 +89,10 @@ def one_token_attention(
     Only where `status()` is active.
     """
     result = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
-    call = jax.ffi.ffi_call(_target("attention", instruction_set), result, vmap_method="sequential")
+    call = jax.ffi.ffi_call(target("attention", instruction_set), result, vmap_method="sequential")
     return call(queries, keys, values, seen)
 
 
-def _target(operation: str, instruction_set: str | None) -> str:
+def target(operation: str, instruction_set: str | None) -> str:
+    """The name under which XLA knows the kernel; the best instruction set's unless one is named."""
     return f"qwen3vl_{operation}_{instruction_set or status().instruction_sets[0]}"

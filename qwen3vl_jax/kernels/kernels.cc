@@ -4,6 +4,7 @@
 // by one thread in one order, which depends on the shape of one row and the instruction set only: not
 // on the number of threads, nor on the other rows of the call.
 
+#include <string_view>
 #include <vector>
 
 #include "pool.h"
@@ -126,6 +127,8 @@ XLA_FFI_Error* handle_attention(XLA_FFI_CallFrame* frame, InstructionSet set) {
   }
 }
 
+#include "encoded.h"
+
 }  // namespace
 
 extern "C" {
@@ -154,6 +157,22 @@ XLA_FFI_Error* qwen3vl_attention_avx2(XLA_FFI_CallFrame* frame) {
 
 XLA_FFI_Error* qwen3vl_attention_avx512(XLA_FFI_CallFrame* frame) {
   return handle_attention(frame, InstructionSet::kAvx512);
+}
+
+XLA_FFI_Error* qwen3vl_encoded_avx2(XLA_FFI_CallFrame* frame) {
+  return handle_encoded(frame, InstructionSet::kAvx2);
+}
+
+XLA_FFI_Error* qwen3vl_encoded_avx512(XLA_FFI_CallFrame* frame) {
+  return handle_encoded(frame, InstructionSet::kAvx512);
+}
+
+XLA_FFI_Error* qwen3vl_decoded_avx2(XLA_FFI_CallFrame* frame) {
+  return handle_decoded(frame, InstructionSet::kAvx2);
+}
+
+XLA_FFI_Error* qwen3vl_decoded_avx512(XLA_FFI_CallFrame* frame) {
+  return handle_decoded(frame, InstructionSet::kAvx512);
 }
 
 }  // extern "C"

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 struct Bfloat16 { uint16_t bits; };
@@ -34,6 +35,28 @@ struct Attention {
   float* mixed;         // [groups, size]
   int64_t groups, slots, size;
 };
+
+// y[r, o] = sum_i x[r, i] * w[o, i] where w is made of codes and terms (encoded.h has the layout).
+struct Encoded {
+  const float* x;    // [ceil(in / unit), rows, unit], zeros after `in`.
+  const uint8_t* w;  // [out, row_bytes]
+  float* y;
+  int64_t rows, in, out, row_bytes;
+  int64_t code_bytes = 0, terms = 0;  // Of a row: its codes, then as many scales and minima.
+  int64_t group_shift = 0;            // A group is 1 << group_shift units.
+};
+
+constexpr int64_t kStepNumbers = 32;
+
+template <int Bits, int Terms, int64_t Unit>
+struct Codes {
+  static constexpr int kBits = Bits, kTerms = Terms;
+  static constexpr int64_t kUnit = Unit, kUnitBytes = Unit * Bits / 8, kStepBytes = kStepNumbers * Bits / 8;
+};
+using Int8 = Codes<8, 1, 64>;
+using Int4 = Codes<4, 1, 32>;
+using Int4Zero = Codes<4, 2, 32>;
+enum class Form { kInt8, kInt4, kInt4Zero };
 
 template <typename T>
 constexpr bool kEvenOdd = false;
@@ -70,8 +93,30 @@ TARGET inline void load(const Float16* from, Vector& first, Vector& second) {
   first = _mm256_cvtph_ps(_mm_loadu_si128(halves));
   second = _mm256_cvtph_ps(_mm_loadu_si128(halves + 1));
 }
+TARGET inline void store(Bfloat16* to, Vector v) {  // To the nearest, of two as near the even one; finite numbers.
+  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i words = _mm256_srli_epi32(up, 16);
+  const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
+}
+TARGET inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+TARGET inline Vector widen(const uint8_t* int8) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(int8))));
+}
+template <bool kMinimum>
+TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vector (&to)[4]) {
+  if (!kMinimum) minimum = _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
+  for (int half = 0; half < 2; ++half) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(int4 + 8 * half));
+    const __m256i words = _mm256_cvtepu8_epi32(bytes);
+    to[half] = fma(_mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15))), scale, minimum);
+    to[2 + half] = fma(_mm256_cvtepi32_ps(_mm256_srli_epi32(words, 4)), scale, minimum);
+  }
+}
 #include "linear_rows.h"
 #include "attention_rows.h"
+#include "encoded_rows.h"
 #undef TARGET
 }  // namespace avx2
 
@@ -99,7 +144,27 @@ TARGET inline void load(const Float16* from, Vector& first, Vector& second) {
   first = _mm512_cvtph_ps(_mm256_loadu_si256(halves));
   second = _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1));
 }
+TARGET inline void store(Bfloat16* to, Vector v) {  // As that of AVX2.
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+TARGET inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+TARGET inline Vector widen(const uint8_t* int8) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(int8))));
+}
+// The sixteen numbers that a group can have are a table, looked up by the low four bits of words.
+template <bool kMinimum>
+TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vector (&to)[2]) {
+  const Vector codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Vector table =
+      kMinimum ? fma(codes, scale, minimum) : mul(_mm512_sub_ps(codes, _mm512_set1_ps(8.0f)), scale);
+  const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(int4)));
+  to[0] = _mm512_permutexvar_ps(words, table);
+  to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
+}
 #include "linear_rows.h"
 #include "attention_rows.h"
+#include "encoded_rows.h"
 #undef TARGET
 }  // namespace avx512

@@ -17,7 +17,9 @@ from memsched.report.page import page
 from memsched.report.perfetto import perfetto
 from memsched.report.rendering import show
 from memsched.whole_file import check_target, write_whole
-from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
+from qwen3vl_jax.checkpoints.opening import described
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import named_dtype
@@ -52,11 +54,13 @@ def dry_run(
     *,
     dtype: str | None,
     compiler: Compiler | None = None,
+    encodings: Encodings = NOTHING_ENCODED,
 ) -> DryRun:
     """What a request would take; opens no weight.
 
     Args:
         compiler: says what workspace steps take; by default it is estimated.
+        encodings: of weights that rest encoded.
 
     Raises:
         UsageError: a request or a budget that makes no sense.
@@ -72,6 +76,7 @@ def dry_run(
             dtype=chosen,
             cost=cost_model(budgets, machine),
             compiler=compiler,
+            encodings=encodings,
             plan_seconds=budgets.plan_seconds,
         )
     except DoesNotFitError as error:
@@ -98,9 +103,9 @@ def dry_run_of(
     budgets: Mapping[str, Any],
 ) -> DryRun:
     """What a checkpoint would take for a processor's arrays and an answer of so many tokens."""
-    config = load_config(path)
+    config, encodings = described(path)
     request = request_of(config, inputs, new_tokens)
-    return dry_run(config, request, Budgets(**budgets), dtype=dtype)
+    return dry_run(config, request, Budgets(**budgets), dtype=dtype, encodings=encodings)
 
 
 def check_report(path: Path | None, formats: Sequence[str] = FORMATS) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from memsched.referee import verify
 from memsched.report import Summary, summarize
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import SMALLEST_CAPACITY
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import pieces
 from qwen3vl_jax.inputs import SMALLEST_FEATURES, SMALLEST_TOKENS
@@ -116,6 +117,7 @@ def forecast(
     cost: CostModel | None = None,
     tracer: Tracer | None = None,
     compiler: Compiler | None = None,
+    encodings: Encodings = NOTHING_ENCODED,
     plan_seconds: float | None = None,
 ) -> Forecast:
     """Plans a request, and predicts what its plans and some plainer ways take.
@@ -123,6 +125,7 @@ def forecast(
     Args:
         tracer: what `traced_request` gave for this request, to plan it again without tracing.
         compiler: says what workspace steps take; by default it is estimated.
+        encodings: of weights that rest encoded.
         plan_seconds: as for `compile_phases`.
 
     Raises:
@@ -134,8 +137,9 @@ def forecast(
     started_s = time.perf_counter(), time.process_time()
     cost = cost or Roofline()
     works = works_of(config, request, dtype)
-    tracer = tracer or traced_request(config, request, dtype, compiler)
-    granularity = choose_granularity(config, dtype, machine.tier(DEVICE).capacity_bytes)
+    tracer = tracer or traced_request(config, request, dtype, compiler, encodings)
+    device_bytes = machine.tier(DEVICE).capacity_bytes
+    granularity = choose_granularity(config, dtype, device_bytes, encodings)
     traced = tracer(granularity)
     programs = {name: one.program for name, one in traced.items()}
     # The least works with the finest steps, which are chosen with so little.
@@ -153,38 +157,50 @@ def forecast(
                 dtype=dtype,
                 cost=cost,
                 compiler=compiler,
+                encodings=encodings,
                 plan_seconds=plan_seconds,
             )
         raise _refusal(smallest.checked(), machine) from None
+    found = _passes(works, traced, plans, machine, cost, encodings, plan_seconds)
+    taken_s = time.perf_counter() - started_s[0], time.process_time() - started_s[1]
+    return Forecast(
+        config, machine, request, dtype.name, cost, granularity, found, smallest.nbytes, *taken_s
+    )
+
+
+def _passes(
+    works: Sequence[Work],
+    traced: Mapping[str, Traced],
+    plans: Mapping[str, Plan],
+    machine: Machine,
+    cost: CostModel,
+    encodings: Encodings,
+    plan_seconds: float | None,
+) -> tuple[Pass, ...]:
+    """All passes with their plans, verified and summed up."""
     found: list[Pass] = []
     for work in works:
         one, plan = traced[work.name], plans[work.name]
         verify(plan, one.program, machine)
         others = _others(one, machine, cost, plan_seconds) if work is works[-1] else {}
-        summary = summarize(plan, one.program, machine, cost, others)
+        summary = with_codecs(summarize(plan, one.program, machine, cost, others), encodings)
         before = found[-1].plan.exit if found else ()
         moving_s = _moving_s(before, one, plan, machine, cost)
         found.append(Pass(work, one, plan, summary, moving_s))
-    taken_s = time.perf_counter() - started_s[0], time.process_time() - started_s[1]
-    return Forecast(
-        config,
-        machine,
-        request,
-        dtype.name,
-        cost,
-        granularity,
-        tuple(found),
-        smallest.nbytes,
-        *taken_s,
-    )
+    return tuple(found)
 
 
 def traced_request(
-    config: Config, request: Request, dtype: np.dtype, compiler: Compiler | None = None
+    config: Config,
+    request: Request,
+    dtype: np.dtype,
+    compiler: Compiler | None = None,
+    encodings: Encodings = NOTHING_ENCODED,
 ) -> Tracer:
     """Traces all passes of a request, once for each granularity, whatever the machine."""
     works = works_of(config, request, dtype)
-    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
+    rows = vocab_rows(config, dtype)
+    network = shape_network(config, dtype=dtype, vocab_rows=rows, encodings=encodings)
 
     @functools.cache
     def traced(granularity: Granularity) -> Mapping[str, Traced]:
@@ -298,6 +314,18 @@ def _traced(
         name: one.beside(0 if one.program.of_kind("cache") else cache_bytes).knowing(weights)
         for name, one in alone.items()
     }
+
+
+def with_codecs(summary: Summary, encodings: Encodings) -> Summary:
+    """A summary that says in which codec each weight rests; to a plan all bytes are the same."""
+    if not encodings:
+        return summary
+    uses = tuple(
+        dataclasses.replace(use, codec=found.codec) if found else use
+        for use in summary.arrays
+        for found in (encodings.get(use.name) or encodings.get(use.name.rpartition(".")[0]),)
+    )
+    return dataclasses.replace(summary, arrays=uses)
 
 
 def _others(

@@ -10,10 +10,11 @@ import math
 
 import numpy as np
 
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings, resting_bytes
 from qwen3vl_jax.checkpoints.manifest import chunk_rows
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
-from qwen3vl_jax.weights import hf_shapes
+from qwen3vl_jax.weights import arrays
 
 # Caches, and what steps need beside them, of an ordinary prompt.
 WORKING_BYTES = 512 << 20
@@ -22,14 +23,19 @@ MOST_EXPERT_STEPS = 1600
 VOCAB_BLOCKS = 8
 
 
-def choose_granularity(config: Config, dtype: np.dtype, device_bytes: int) -> Granularity:
+def choose_granularity(
+    config: Config,
+    dtype: np.dtype,
+    device_bytes: int,
+    encodings: Encodings = NOTHING_ENCODED,
+) -> Granularity:
     """Whole layers if all weights fit beside an ordinary prompt's caches, else the finest steps.
 
     Args:
         device_bytes: the budget of the device.
     """
-    elements = sum(math.prod(shape) for shape in hf_shapes(config).values())
-    fits = elements * dtype.itemsize + WORKING_BYTES <= device_bytes
+    weight_bytes = resting_bytes(arrays(config), encodings, dtype)
+    fits = weight_bytes + WORKING_BYTES <= device_bytes
     return WHOLE_LAYERS if fits else finest(config)
 
 

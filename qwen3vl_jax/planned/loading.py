@@ -18,8 +18,8 @@ from memsched.profiles import load_machine
 from memsched.sizes import parse_size
 from memsched.stores import heap
 from memsched.stores.blocks import Block, StoredArray
-from qwen3vl_jax.checkpoints.opening import Checkpoint, open_checkpoint
-from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.checkpoints.opening import Checkpoint, described, open_checkpoint
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.model import Qwen3VL
@@ -53,21 +53,29 @@ class Budgets:
         return dataclasses.replace(self, plan_seconds=None) != Budgets()
 
 
-def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
+def load(
+    path: str | Path, *, dtype: str | None, budgets: Budgets, codec: str | None = None
+) -> Qwen3VL:
     """A model that keeps within the budgets.
 
     Raises:
-        UsageError: a budget that makes no sense, or weights that cannot be read in place.
+        UsageError: a budget that makes no sense, or weights that cannot be read in place, which
+            those that a codec is given for cannot.
         ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
         StorageError: it cannot be read.
     """
     heap.share()
-    config = load_config(path)
+    if codec is not None:
+        raise UsageError(
+            f"codec={codec!r} needs room for all weights; convert {path} with scripts/convert.py "
+            "--codec, and load that"
+        )
+    config, encodings = described(path)
     check_context(config, budgets.max_context)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     machine = this_machine(budgets)
     rows = vocab_rows(config, chosen)
-    network = shape_network(config, dtype=chosen, vocab_rows=rows)
+    network = shape_network(config, dtype=chosen, vocab_rows=rows, encodings=encodings)
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, config))
         entries = table(config, vocab_rows=rows)
@@ -79,7 +87,10 @@ def load(path: str | Path, *, dtype: str | None, budgets: Budgets) -> Qwen3VL:
             machine,
             sources(checkpoint, entries),
             EmbeddingRows(checkpoint, _embedding(config), rows),
-            granularity=choose_granularity(config, chosen, machine.tier(DEVICE).capacity_bytes),
+            encodings=encodings,
+            granularity=choose_granularity(
+                config, chosen, machine.tier(DEVICE).capacity_bytes, encodings
+            ),
             nvme_dir=_folder(budgets),
             nvme_space_bytes=_bytes(budgets.nvme_space),
             max_context=budgets.max_context,

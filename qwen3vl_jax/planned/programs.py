@@ -1,19 +1,22 @@
 """A phase of the model as a program: what a planner plans and a runtime carries out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from memsched.aot import Compiler, Workspace, with_workspaces
 from memsched.program import ArraySpec, Program
 from memsched.tracing.array_names import array_names
 from memsched.tracing.function import Kernels, trace
 from memsched.tracing.steps import Known
+from qwen3vl_jax.checkpoints.encodings import Encodings, form_of
 from qwen3vl_jax.network import Qwen3VLNetwork
 from qwen3vl_jax.phases import Phase, part
 from qwen3vl_jax.planned.sealed import Sealed
+from qwen3vl_jax.weights import Entry
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +77,14 @@ class Traced:
         )
         program = dataclasses.replace(self.program, steps=steps)
         return dataclasses.replace(self, program=program)
+
+
+def weight_specs(
+    entries: Iterable[Entry], encodings: Encodings, dtype: np.dtype
+) -> dict[str, ArraySpec]:
+    """All weights as a planner knows them; `dtype` is that of raw ones."""
+    forms = {entry.path: form_of(entry, encodings, dtype) for entry in entries}
+    return {path: ArraySpec(path, *form, "weight") for path, form in forms.items()}
 
 
 def trace_phase(

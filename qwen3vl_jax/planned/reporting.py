@@ -16,7 +16,7 @@ from qwen3vl_jax.planned.chapters import (
     run_chapters,
     run_cover,
 )
-from qwen3vl_jax.planned.forecast import Forecast, forecast
+from qwen3vl_jax.planned.forecast import Forecast, forecast, with_codecs
 from qwen3vl_jax.planned.forecast_data import forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
@@ -93,15 +93,17 @@ class PlanReport:
             self.request,
             dtype=runner.dtype,
             cost=self.cost,
+            encodings=runner.encodings,
             plan_seconds=runner.plan_seconds,
         )
 
     def _summaries(self) -> dict[str, Summary]:
-        machine = self.runner.machine
-        return {
+        machine, encodings = self.runner.machine, self.runner.encodings
+        found = {
             name: summarize(planned.plan, planned.traced.program, machine, self.cost)
             for name, planned in self.runner.plans.items()
         }
+        return {name: with_codecs(summary, encodings) for name, summary in found.items()}
 
     def _measured(self, summaries: Mapping[str, Summary]) -> dict[str, tuple[Line, ...]]:
         plans = self.runner.plans

@@ -17,7 +17,7 @@ from memsched.machine import DEVICE, NVME, Machine
 from memsched.passes.bridge import bridge
 from memsched.passes.compile import compile_phases
 from memsched.plan import Plan, Residence
-from memsched.program import ArraySpec, Program, Step
+from memsched.program import Program, Step
 from memsched.runtime import Executor
 from memsched.runtime.schedule import arena_tier
 from memsched.stores.blocks import StoredArray
@@ -25,6 +25,7 @@ from memsched.tracing.steps import Known
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import SMALLEST_CAPACITY, CacheForm
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
@@ -32,7 +33,7 @@ from qwen3vl_jax.long_cache import block_shape, blocks_for
 from qwen3vl_jax.long_phases import long_phases
 from qwen3vl_jax.network import Features, Qwen3VLNetwork
 from qwen3vl_jax.phases import PREFILL_CHUNK, Phase, phases
-from qwen3vl_jax.planned.programs import Traced, trace_phase
+from qwen3vl_jax.planned.programs import Traced, trace_phase, weight_specs
 from qwen3vl_jax.planned.replanning import Watcher, alone, refusal, staying
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.saved import SavedPlans
@@ -46,8 +47,7 @@ from qwen3vl_jax.weights import Entry
 MOST_TRACED = MOST_TALLIES = 64
 MOST_ALIKE = 2  # shapes of a phase that are planned together: whole chunks of a prompt, the rest
 FEATURE_SHARE = 16  # image features that take more of the device than one such part rest on disk
-# While somebody waits, and without SciPy's optimisers: they take 33 MB of memory that is short.
-RUN_PLAN_S = 1.0
+RUN_PLAN_S = 1.0  # too short for SciPy's optimisers, which take 33 MB of memory that is short
 ANSWERING = ("scores", "verify", "decode")  # what an answer needs until it ends
 
 
@@ -73,6 +73,7 @@ class PlannedRunner:
         chunk_tokens: int = PREFILL_CHUNK,
         max_context: int | None = None,
         granularity: Granularity = WHOLE_LAYERS,
+        encodings: Encodings = NOTHING_ENCODED,
         plan_seconds: float | None = None,
     ) -> None:
         """Opens the tiers; nothing is read yet. `network` is shapes; `entries` are its weights."""
@@ -88,8 +89,7 @@ class PlannedRunner:
         self._expected: tuple[CacheShapes, int] | None = None
         self._others_bytes = 0  # of caches that wait for their next turn
         self._living = Living()
-        self._nvme_dir = nvme_dir
-        self._max_context = max_context
+        self._nvme_dir, self._max_context = nvme_dir, max_context
         self._group: dict[Key, Traced] = {}
         self._plans: dict[Key, Planned] = {}
         self._bridges: dict[tuple[Any, ...], tuple[Program, Plan]] = {}
@@ -99,10 +99,8 @@ class PlannedRunner:
         self.tallies: dict[int, Tally] = {}  # by the identity of plans, which it keeps
         self.watcher: Watcher | None = None
         self.passing = threading.RLock()  # held during a pass; budgets change between two
-        self._specs = {
-            entry.path: ArraySpec(entry.path, entry.shape, self.dtype.name, "weight")
-            for entry in entries
-        }
+        self.encodings = encodings
+        self._specs = weight_specs(entries, encodings, self.dtype)
         self.owned = contextlib.ExitStack()  # what is closed with this
         self.spans: dict[str, tuple[Span, ...]] = {}
         self.executor = Executor(
@@ -112,7 +110,7 @@ class PlannedRunner:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of all weights."""
+        """The dtype of all raw weights."""
         return np.dtype(self._network.language_model.norm.weight.get_value().dtype)
 
     @property
@@ -363,8 +361,8 @@ class PlannedRunner:
         """Plans of phases that take turns."""
         ordered = in_order(group)
         programs = programs_of(ordered)
-        cost, seconds = WhileReading(self.cost), self.plan_seconds
-        plans = compile_phases(programs, machine, cost, plan_seconds=seconds) if programs else {}
+        cost, most_s = WhileReading(self.cost), self.plan_seconds
+        plans = compile_phases(programs, machine, cost, plan_seconds=most_s) if programs else {}
         named = zip(programs, ordered.items(), strict=True)
         return {key: Planned(traced, plans[name]) for name, (key, traced) in named}
 

@@ -12,6 +12,7 @@ import numpy as np
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.sizes import parse_size
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.forecast import Forecast, Tracer, forecast, traced_request
@@ -95,12 +96,14 @@ def run_sweep(
     machine: Machine,
     dtype: np.dtype,
     say: Callable[[str], None],
+    encodings: Encodings = NOTHING_ENCODED,
     plan_seconds: float | None = None,
 ) -> tuple[Point, ...]:
     """Plans every point; what cannot be done is a point, too.
 
     Args:
         say: gets a line before every point.
+        encodings: of weights that rest encoded.
         plan_seconds: as for `memsched.compile_phases`, for each point.
 
     Raises:
@@ -118,7 +121,7 @@ def run_sweep(
         changed, asked = _machine(sweep, machine, value), _request(sweep, config, request, value)
         if asked not in tracers:
             tracers.clear()
-            tracers[asked] = traced_request(config, asked, dtype)
+            tracers[asked] = traced_request(config, asked, dtype, None, encodings)
         try:
             found = forecast(
                 config,
@@ -126,6 +129,7 @@ def run_sweep(
                 asked,
                 dtype=dtype,
                 tracer=tracers[asked],
+                encodings=encodings,
                 plan_seconds=plan_seconds,
             )
         except DoesNotFitError as error:

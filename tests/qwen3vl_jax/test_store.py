@@ -323,7 +323,7 @@ def test_a_forged_zarr_json_reaches_no_tensorstore(
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
-    [("version", 2, "version 2"), ("format", "other", "no manifest"), ("chunk_bytes", 1, "chunks")],
+    [("version", 3, "version 3"), ("format", "other", "no manifest"), ("chunk_bytes", 1, "chunks")],
 )
 def test_another_format_is_refused(store: Path, key: str, value: object, says: str) -> None:
     path = store / "manifest.json"

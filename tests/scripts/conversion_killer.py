@@ -1,4 +1,6 @@
-"""Run by test_convert.py as its own process: `conversion_killer.py SRC FOLDER KILLS SIGNAL`.
+"""Run by test_convert_faults.py as its own process:
+
+    conversion_killer.py SRC FOLDER KILLS SIGNAL [OPTION...]
 
 Imports the converter once, then forks a child for every conversion, so that a start costs
 milliseconds. Each of KILLS conversions gets SIGNAL at a random moment and is run again to its end.
@@ -36,13 +38,13 @@ def load_script() -> Callable[[list[str]], int]:
     return main
 
 
-def start(convert: Callable[[list[str]], int], source: str, destination: Path) -> int:
+def start(convert: Callable[[list[str]], int], options: list[str], destination: Path) -> int:
     """Fork a child that converts; returns its process id."""
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            code = convert([source, str(destination)])
+            code = convert([*options, str(destination)])
         os._exit(code)
     return child
 
@@ -52,16 +54,16 @@ def result(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(source: str, folder: Path, kills: int, number: int) -> None:
-    convert = load_script()
+def main(source: str, folder: Path, kills: int, number: int, *options: str) -> None:
+    convert, given = load_script(), [*options, source]
     begin = time.monotonic()
-    assert result(start(convert, source, folder / "undisturbed")) == 0
+    assert result(start(convert, given, folder / "undisturbed")) == 0
     seconds = time.monotonic() - begin
     chosen = random.Random(0)
     trials: list[dict[str, object]] = []
     while len(trials) < kills:
         destination = folder / f"trial{len(trials)}-{chosen.randrange(10**9)}"
-        child = start(convert, source, destination)
+        child = start(convert, given, destination)
         time.sleep(chosen.random() * seconds)
         begin = time.monotonic()
         os.kill(child, number)
@@ -72,7 +74,7 @@ def main(source: str, folder: Path, kills: int, number: int) -> None:
         left = destination.exists()
         journal = destination.with_name(destination.name + ".partial") / "journal.jsonl"
         noted = journal.read_bytes().count(b"\n") if journal.exists() else 0
-        code = result(start(convert, source, destination))
+        code = result(start(convert, given, destination))
         # Killed between the last rename and tidying up: DST is complete, the answer is "exists".
         again = 0 if left and code == 2 else code
         trial = {"name": destination.name, "died": died, "again": again, "noted": noted}
@@ -82,4 +84,4 @@ def main(source: str, folder: Path, kills: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

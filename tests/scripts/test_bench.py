@@ -211,6 +211,17 @@ def test_inputs_are_what_the_model_takes() -> None:
     jax.tree.map(np.testing.assert_array_equal, arrays, again)
 
 
+def test_the_formulations_report_compares_packed_weights_with_raw_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--out", "40", "--in", "64", "--rows", "1", "--repeats", "1", "--codec", "int4:32"]
+    assert script("bench_formulations").main([*arguments, "--dtype", "bfloat16"]) == 0
+    (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    assert (case["codec"], case["rows"]) == ("int4:32", 1)
+    assert case["chosen"] in case["GB_per_s"]
+    assert case["against_raw"] > 0
+
+
 def test_the_formulations_report_names_the_chosen_one(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", "40", "--in", "24", "--rows", "1", "70", "--repeats", "1"]
     assert script("bench_formulations").main([*arguments, "--dtype", "float16"]) == 0

@@ -57,6 +57,23 @@ def test_what_transformers_saved_comes_back_to_the_byte(tmp_path: Path, name: st
     assert convert(tmp_path / "store", "--verify") == 0
 
 
+@pytest.mark.parametrize("codec", ["int8", "int4", "svd:rank=4"])
+def test_an_encoded_store_is_made_and_compared_in_one_call(
+    made: Path, codec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(made / "store", made / "small", "--codec", codec, "--verify") == 0
+    found = f"{made / 'small'} holds what its codecs make of {made / 'store'}"
+    assert capsys.readouterr().out.splitlines()[-1] == found
+    sizes = [sum(map(len, files(made / name).values())) for name in ("store", "small")]
+    assert sizes[1] < sizes[0]
+    assert convert(made / "small", "--verify") == 0
+    assert convert(made / "hf", made / "small", "--verify") == 0
+    assert convert(made / "small", made / "again", "--codec", codec) == 2
+    assert "nothing is encoded twice" in capsys.readouterr().err
+    assert convert(made / "hf", made / "same", "--codec", "raw") == 0
+    assert files(made / "same") == files(made / "store")
+
+
 @pytest.mark.parametrize("dialect", ["4", "5"])
 def test_the_way_through_orbax_keeps_every_bit(tmp_path: Path, dialect: str) -> None:
     # Square experts: only the config can tell how they lie, so export and import must agree.
@@ -149,6 +166,9 @@ def made(tmp_path: Path) -> Path:
         ["SRC", "--dtype", "float32", "--verify"],
         ["SRC", "DST", "--to-hf", "--to-orbax"],
         ["SRC", "DST", "--to-hf", "--dtype", "float32"],
+        ["SRC", "DST", "--to-hf", "--codec", "int8"],
+        ["SRC", "DST", "--to-orbax", "--codec", "int8"],
+        ["SRC", "--codec", "int8", "--verify"],
         ["SRC", "DST", "--nonsense"],
     ],
 )
@@ -166,6 +186,9 @@ def test_a_wrong_command_line_is_exit_2(
         (["store", "new"], "is a store already"),
         (["hf", "new", "--to-hf"], "already"),
         (["hf", "--verify"], "is no store"),
+        (["hf", "new", "--codec=int5"], "codec 'int5' is unknown"),
+        (["hf", "new", "--codec=bf16", "--dtype=bfloat16"], "make no array smaller"),
+        (["store", "new", "--codec=raw"], "is a store already"),
     ],
 )
 def test_a_conversion_that_makes_no_sense_is_exit_2(

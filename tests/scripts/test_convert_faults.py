@@ -32,10 +32,12 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def killer(source: Path, folder: Path, kills: int, number: int) -> list[dict[str, Any]]:
+def killer(
+    source: Path, folder: Path, kills: int, number: int, *options: str
+) -> list[dict[str, Any]]:
     """Trials of conversion_killer.py, each with `name`, `died`, `noted`, `again` and `answer_s`."""
     driver = Path(__file__).with_name("conversion_killer.py")
-    command = [sys.executable, driver, source, folder, kills, int(number)]
+    command = [sys.executable, driver, source, folder, kills, int(number), *options]
     done = subprocess.run(
         list(map(str, command)), env=environment(), capture_output=True, check=True
     )
@@ -57,6 +59,28 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(tmp_path: Path)
     for trial in trials:
         assert files(tmp_path / trial["name"]) == wanted
     assert nothing_left(tmp_path)
+
+
+def test_killed_while_it_encodes_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    factory.checkpoint(tmp_path / "hf", "moe", layout="released", shards=3, tied=True)
+    trials = killer(tmp_path / "hf", tmp_path, 8, signal.SIGKILL, "--codec", "int4")
+    assert [trial["again"] for trial in trials] == [0] * 8
+    wanted = files(tmp_path / "undisturbed")
+    assert b'"int4:32"' in wanted["manifest.json"]
+    assert any(trial["noted"] > 1 for trial in trials)
+    for trial in trials:
+        assert files(tmp_path / trial["name"]) == wanted
+
+
+def test_work_with_another_codec_starts_afresh(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WorkDirectory, "publish", lambda work: work.note({"left": {}}))
+    assert convert(made / "hf", made / "new", "--codec", "int8") == 0
+    assert b'"left"' in (made / "new.partial" / "journal.jsonl").read_bytes()
+    monkeypatch.undo()
+    assert convert(made / "hf", made / "new", "--codec", "int4", "--verify") == 0
+    assert convert(made / "hf", made / "straight", "--codec", "int4") == 0
+    assert files(made / "new") == files(made / "straight")
+    assert nothing_left(made)
 
 
 def test_ctrl_c_is_answered_within_a_second_and_the_work_goes_on(tmp_path: Path) -> None:
