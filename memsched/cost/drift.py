@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from memsched.cost.coefficients import stretched
 from memsched.cost.learned import LearnedCost
 from memsched.cost.observations import beside, union
-from memsched.cost.simulate import COMPUTE, lane_of
+from memsched.cost.reading import COMPUTE, lane_of
 from memsched.cost.span import Span
 from memsched.machine import Machine
 from memsched.plan import Copy, Plan, Run

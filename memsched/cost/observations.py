@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from memsched.cost.features import RunFeatures, copy_features, run_features
-from memsched.cost.simulate import lane_of
+from memsched.cost.reading import lane_of
 from memsched.cost.span import Span
 from memsched.machine import Machine
 from memsched.plan import Copy, Plan, Run

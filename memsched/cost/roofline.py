@@ -40,18 +40,3 @@ class Roofline:
                 return link.latency_s + program.arrays[array].nbytes / link.bytes_per_s
             case Free():
                 return 0.0
-
-
-class Remembered:
-    """Another cost model, asked once per action of one program on one machine."""
-
-    def __init__(self, cost: CostModel) -> None:
-        self._cost = cost
-        self._known: dict[Action, float] = {}
-
-    def seconds(self, action: Action, program: Program, machine: Machine) -> float:
-        """Seconds of one action."""
-        known = self._known.get(action)
-        if known is None:
-            known = self._known[action] = self._cost.seconds(action, program, machine)
-        return known

@@ -9,15 +9,15 @@ steps and copies slow each other down is taken at its word (`sharing`).
 import dataclasses
 from collections.abc import Sequence
 
-from memsched.cost.contention import READS_AT_ONCE, Contending
+from memsched.cost.reading import Reader
+from memsched.cost.remembered import Remembered
 from memsched.cost.roofline import CostModel
-from memsched.cost.sharing import COMPUTE_LANE, FREE, Task, share
+from memsched.cost.sharing import FREE, Task, share
 from memsched.cost.span import Span
-from memsched.machine import DEVICE, NVME, Machine
-from memsched.plan import Action, Copy, Free, Plan, Run
+from memsched.machine import Machine
+from memsched.plan import Plan, Run
 from memsched.program import Program
 
-COMPUTE = "compute"
 # A repeated plan settles in its second round: the third is compared with the second.
 STEADY_ROUNDS = 3
 
@@ -30,11 +30,6 @@ class _Clock:
     lanes: list[float]
     ready: list[float]
     used: list[float]
-
-
-def lane_of(action: Copy | Run) -> str:
-    """The name of the lane that works an action off: "compute", or "nvme->device" and so on."""
-    return COMPUTE if isinstance(action, Run) else f"{action.source}->{action.target}"
 
 
 def simulate(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> tuple[Span, ...]:
@@ -121,44 +116,9 @@ def _advance(clock: _Clock, tasks: Sequence[Task]) -> list[tuple[float, float]]:
 
 
 def _read(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> tuple[Task, ...]:
-    """The actions of a plan, read once."""
-    places: dict[tuple[str, str], int] = {}
-    lanes = {COMPUTE: COMPUTE_LANE}
-    contending = cost if isinstance(cost, Contending) else None
-    tasks = []
-
-    def place(array: str, tier: str) -> int:
-        return places.setdefault((array, tier), len(places))
-
-    for action in plan.actions:
-        match action:
-            case Free(array=array, tier=tier):
-                tasks.append(Task(FREE, 0.0, (place(array, tier),), ()))
-                continue
-            case Copy(array=array, source=source, target=target):
-                takes: tuple[int, ...] = (place(array, source),)
-                gives: tuple[int, ...] = (place(array, target),)
-            case Run(step=name):
-                step = program.step(name)
-                takes = tuple(place(array, DEVICE) for array in step.inputs)
-                gives = tuple(place(array, DEVICE) for array in step.results)
-        lane = lanes.setdefault(lane_of(action), len(lanes))
-        seconds = cost.seconds(action, program, machine)
-        if contending is None:
-            tasks.append(Task(lane, seconds, takes, gives))
-            continue
-        slowdown = contending.slowdown(action, program, machine)
-        served = _served(action, program, machine)
-        tasks.append(Task(lane, seconds, takes, gives, slowdown, *served))
-    return tuple(tasks)
-
-
-def _served(action: Action, program: Program, machine: Machine) -> tuple[int, int]:
-    """In how many blocks an action is served, and how many of them at a time."""
-    if not isinstance(action, Copy) or action.source != NVME:
-        return 1, 1
-    link = machine.link(action.source, action.target)
-    if link is None:
-        return 1, 1
-    blocks = -(-program.arrays[action.array].nbytes // link.block_bytes)
-    return max(1, blocks), min(link.queue_depth, READS_AT_ONCE)
+    """The actions of a plan."""
+    if isinstance(cost, Remembered):
+        reader = cost.reader(program, machine)
+    else:
+        reader = Reader(program, machine, cost)
+    return tuple(map(reader.task, plan.actions))
