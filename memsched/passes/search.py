@@ -15,6 +15,7 @@ from memsched.passes.recipes import Recipe, Room, coarse, read_room, stacked
 from memsched.plan import Plan
 
 CLOSE_ENOUGH = 1.002
+SAME = 1 + 1e-9  # of seconds, beside rounding
 USUAL = Effort()
 
 
@@ -118,27 +119,55 @@ def _tried(
     start: Found | None,
     most_actions: int,
 ) -> Found | None:
-    """The fastest of a plan and those of layouts, until so many actions have been simulated."""
+    """The fastest of a plan and those of layouts, until so many actions have been simulated.
+
+    Of two that are equally fast, the one that moves less: links and steps share memory and cores,
+    so what is not moved leaves more to computing than any cost model says.
+    """
     best, spent = start, 0
     for recipe, layout in coarse(needs, room, spreads):
-        if best is not None and CLOSE_ENOUGH * least_seconds(needs, layout) >= best.seconds:
+        if best is not None and not _may_be_better(needs, layout, best):
             continue
         found = evaluate_wrapped(needs, layout, values, repeat=room.repeat, recipe=recipe)
         if found is None:
             continue
         spent += len(found.plan.actions)
-        if best is None or found.seconds < best.seconds:
+        if best is None or _is_better(needs, found, best):
             best = found
         if spent > most_actions:
             break
     return best
 
 
+def _may_be_better(needs: Needs, layout: Layout, best: Found) -> bool:
+    least_s = least_seconds(needs, layout)
+    if CLOSE_ENOUGH * least_s < best.seconds:
+        return True
+    return least_s <= best.seconds * SAME and _moved_s(needs, layout) < _moved_s(needs, best.layout)
+
+
+def _is_better(needs: Needs, found: Found, best: Found) -> bool:
+    if found.seconds < best.seconds / SAME:
+        return True
+    if found.seconds > best.seconds * SAME:
+        return False
+    return _moved_s(needs, found.layout) < _moved_s(needs, best.layout)
+
+
 def least_seconds(needs: Needs, layout: Layout) -> float:
     """No round of a layout is shorter than its compute, nor than the copies of a link."""
+    return max(sum(needs.step_s), *_copying_s(needs, layout))
+
+
+def _moved_s(needs: Needs, layout: Layout) -> float:
+    return sum(_copying_s(needs, layout))
+
+
+def _copying_s(needs: Needs, layout: Layout) -> tuple[float, float]:
+    """Seconds for which a round keeps the link to the device busy, and the one to the host."""
     passing = [name for name in needs.weights if name not in layout.device.pinned]
-    bound = max(sum(needs.step_s), sum(needs.arrival_s[name] for name in passing))
+    arriving_s = sum((needs.arrival_s[name] for name in passing), 0.0)
     if layout.host is None:
-        return bound
+        return arriving_s, 0.0
     staged = (name for name in passing if name not in layout.host.pinned)
-    return max(bound, sum(needs.staging_s[name] for name in staged))
+    return arriving_s, sum((needs.staging_s[name] for name in staged), 0.0)
