@@ -6,7 +6,6 @@ with the name of its key.
 """
 
 import dataclasses
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ from typing import Any
 from memsched.errors import ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Compute, Link, Machine, Target, Tier
 from memsched.sizes import LARGEST_BYTES, parse_size
+from memsched.toml_file import read_toml, refuse_unknown
 from memsched.whole_file import write_whole
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-LARGEST_FILE_BYTES = 1 << 20
 # Whoever has one of these has both ends of it as a tier, and nothing else.
 LINKS = {
     (DEVICE, NVME): {(NVME, DEVICE), (DEVICE, NVME)},
@@ -56,18 +55,7 @@ def load_machine(path: Path) -> Machine:
     Raises:
         ProgramError: the file cannot be read, is no TOML, or breaks a rule.
     """
-    try:
-        with path.open("rb") as file:
-            body = file.read(LARGEST_FILE_BYTES + 1)
-        if len(body) > LARGEST_FILE_BYTES:
-            raise ProgramError(f"machine {path}: larger than {LARGEST_FILE_BYTES:,} B")
-        values = tomllib.loads(body.decode())
-    except OSError as error:
-        raise ProgramError(f"machine {path}: {error.strerror}; give a TOML file") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ProgramError):
-            raise
-        raise ProgramError(f"machine {path}: not TOML: {error}") from error
+    values = read_toml(path, "machine")
     try:
         return _machine(values)
     except ProgramError as error:
@@ -87,7 +75,7 @@ def write_machine(machine: Machine, path: Path) -> None:
 
 
 def _machine(values: Mapping[str, Any]) -> Machine:
-    _refuse_unknown("", values, [field.name for field in dataclasses.fields(Machine)])
+    refuse_unknown("", values, [field.name for field in dataclasses.fields(Machine)])
     tiers = tuple(
         _tier(f"tiers[{index}].", table) for index, table in enumerate(_tables(values, "tiers"))
     )
@@ -145,7 +133,7 @@ def _tier(where: str, table: Mapping[str, Any]) -> Tier:
 def _record(kind: Any, where: str, table: Mapping[str, Any]) -> Any:
     """A dataclass from a table whose keys are its fields."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    _refuse_unknown(where, table, list(fields))
+    refuse_unknown(where, table, list(fields))
     for name, field in fields.items():
         if name not in table and field.default is dataclasses.MISSING:
             raise ProgramError(f"{where}{name} is missing")
@@ -176,13 +164,6 @@ def _word(where: str, value: Any) -> str:
             f"{where} must be a name of letters, digits, '.', '_', '-', found {str(value)[:40]!r}"
         )
     return value
-
-
-def _refuse_unknown(where: str, table: Mapping[str, Any], known: list[str]) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ProgramError(f"{where}{key} is unknown; did you mean {near!r}?")
 
 
 def _lines(machine: Machine) -> list[str]:

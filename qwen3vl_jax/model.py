@@ -99,7 +99,8 @@ class Qwen3VL:
             host_memory: the same for main memory beside an accelerator.
             nvme_dir: where arrays are moved out to, if a plan has to.
             nvme_space: how much of it; reserved at once.
-            level: how far values may be changed to save memory; "minimal" changes no bit.
+            level: how far values may be changed to save memory: "minimal" changes no bit,
+                "balanced" and "aggressive" encode raw weights by their budgets of error.
             machine: a file that describes the machine, in place of measuring this one.
             max_context: tokens for which every cache shall have room; more are refused.
             codec: encodes layers and head while they are read, as scripts/convert.py --codec.
@@ -110,19 +111,13 @@ class Qwen3VL:
             StorageError: it cannot be read.
             UsageError: budgets that make no sense, or weights that cannot be read in place.
         """
-        from qwen3vl_jax.planned.loading import Budgets, fits, load
+        from qwen3vl_jax.planned.loading import Budgets, check_level, fits, load
 
-        source = source_of(path, dtype, codec)
-        budgets = Budgets(
-            device_memory,
-            host_memory,
-            nvme_dir,
-            nvme_space,
-            level,
-            machine,
-            max_context,
-            plan_seconds,
-        )
+        memory = (device_memory, host_memory, nvme_dir, nvme_space)
+        budgets = Budgets(*memory, level, machine, max_context, plan_seconds)
+        if budgets.asked:
+            check_level(budgets)
+        source = source_of(path, dtype, codec, level)
         rows = block_rows(source.config.text.vocab_size, vocab_blocks)
         entries = table(source.config, vocab_rows=rows)
         if budgets.asked or not fits(resting_bytes(entries, source.encodings, source.dtype)):

@@ -56,23 +56,42 @@ class Source:
     encodings: Encodings
 
 
-def source_of(path: str | Path, dtype: str | None, codec: str | None) -> Source:
+def source_of(
+    path: str | Path, dtype: str | None, codec: str | None, level: str = "minimal"
+) -> Source:
     """What is to be loaded from a directory.
 
     Args:
         codec: encodes raw weights while they are loaded.
+        level: the same, each with its own codec. A store that is encoded stays as it is.
 
     Raises:
-        UsageError: a dtype that does not exist, or a store that is encoded already.
+        UsageError: a dtype or level that does not exist, both codec and level, or a codec for a
+            store that is encoded already.
         memsched.errors.ProgramError: a codec that does not exist.
     """
     (config, found), stored = described(path), load_config(path)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
+    if codec is not None and level != "minimal":
+        raise UsageError(f"codec={codec!r} and level={level!r} both say what to encode; give one")
     if codec is not None and codec_name(codec) != "raw":
         if found:
             raise UsageError(f"{path} is encoded already; leave out codec={codec!r}")
         found = encodings_of(config, everywhere(config, codec), lambda entry: chosen)
+    elif level != "minimal" and not found:
+        found = _chosen(Path(path), config, chosen, level)
     return Source(Path(path), stored, as_encoded(config, found), chosen, found)
+
+
+def _chosen(path: Path, config: Config, dtype: np.dtype, level: str) -> Encodings:
+    """What a level makes of raw weights. Reads every matrix."""
+    from qwen3vl_jax.checkpoints.selection import NotesInMemory, Selection, level_of, select
+
+    selection = Selection(level_of(level))
+    with open_checkpoint(path, config) as checkpoint:
+        return select(
+            selection, checkpoint, config, lambda entry: dtype, NotesInMemory(), lambda nbytes: None
+        ).encodings
 
 
 def read_all(source: Source, entries: Sequence[Entry]) -> dict[str, Array | Encoded]:

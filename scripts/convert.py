@@ -2,6 +2,7 @@
 
 python scripts/convert.py SRC DST                a store, from a Hugging Face directory or Orbax
 python scripts/convert.py SRC DST --codec int4   a store whose layers rest in fewer bytes
+python scripts/convert.py SRC DST --codec auto   the codec of each matrix by what it would change
 python scripts/convert.py STORE DST --to-hf      safetensors files, as they were
 python scripts/convert.py STORE DST --to-orbax   an Orbax checkpoint
 python scripts/convert.py STORE --verify         read a store again, check every byte
@@ -12,15 +13,29 @@ store is smaller on disk and in memory, and what is lost is lost: --to-hf and --
 it decodes to, not the original (and a tied head as its table again). Names: int8, int8:64,
 int8:128, int4 (that is int4:32), int4:64, int4:32:zero, int4:64:zero, fp16, bf16, sparse:2:4,
 sparse:block=S, svd:rank=R, svd:fraction=F; raw is none.
+
+--codec auto chooses for every matrix, so that the store is as small as the level's error budget
+allows: the matrix's own error by each codec, times how sensitive the logits are to it. Levels are
+the files in configs/levels; minimal changes no bit. Sensitivities are defaults by role, or measured
+with --calibrate, whose file has a prompt on each line (8 are used; all weights must fit in memory),
+and then kept in the store. encoding_report.json in the store says why each matrix is what it is.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen3vl_jax import console
 from qwen3vl_jax.interrupts import EXIT_CODE as INTERRUPTED
 from qwen3vl_jax.interrupts import Guard
+from qwen3vl_jax.planned.options import LEVELS
+
+if TYPE_CHECKING:
+    from qwen3vl_jax.checkpoints.selection import Calibration
+
+AUTO = "auto"
+MOST_PROMPT_BYTES = 1 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +66,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="dtype of the arrays in the new store (default: keep)",
     )
     parser.add_argument("--codec", metavar="NAME", help="encode the layers and the head")
+    auto = parser.add_argument_group("--codec auto")
+    auto.add_argument("--level", choices=LEVELS, help="what may change (default: balanced)")
+    auto.add_argument(
+        "--error-budget",
+        type=float,
+        metavar="E",
+        help="relative error of the logits, predicted, in place of the level's",
+    )
+    auto.add_argument("--calibrate", type=Path, metavar="FILE", help="measure sensitivities")
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
     arguments = parser.parse_args(argv)
     exports = arguments.to_hf or arguments.to_orbax
@@ -61,6 +85,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--dtype is chosen when a store is made; an export keeps it")
     if exports and arguments.codec:
         parser.error("--codec is chosen when a store is made; an export writes numbers")
+    choosing = (arguments.level, arguments.error_budget, arguments.calibrate)
+    if arguments.codec != AUTO and choosing != (None, None, None):
+        parser.error("--level, --error-budget and --calibrate need --codec auto")
     return arguments
 
 
@@ -91,11 +118,56 @@ def _convert(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
         from qwen3vl_jax.checkpoints.hf_export import to_hf
 
         to_hf(source, destination, progress=progress)
+    elif arguments.codec == AUTO:
+        _choose(arguments, progress)
     else:
         from qwen3vl_jax.checkpoints.conversion import to_store
 
         dtype, codecs = arguments.dtype or "keep", _codecs(source, arguments.codec)
         to_store(source, destination, dtype=dtype, progress=progress, codecs=codecs)
+
+
+def _choose(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
+    """Makes a store whose codecs are chosen, and says on stderr what was."""
+    from qwen3vl_jax.checkpoints.conversion import to_store
+    from qwen3vl_jax.checkpoints.selection import Selection, level_of, summary
+
+    source, destination = arguments.source, arguments.destination
+    level = level_of(arguments.level or "balanced")
+    if arguments.error_budget is not None:
+        level = level.with_budget(arguments.error_budget)
+    calibration = None if arguments.calibrate is None else _calibration(arguments)
+    dtype = arguments.dtype or "keep"
+    selection = Selection(level, calibration)
+    choice = to_store(source, destination, dtype=dtype, progress=progress, selection=selection)
+    if choice is not None:
+        console.say(summary(choice, level))
+    if arguments.calibrate is not None:
+        from qwen3vl_jax.perturbation import measured_error
+
+        prompts = _prompts(arguments.calibrate)
+        error = measured_error(source, destination, prompts, dtype=arguments.dtype)
+        console.say(f"measured on these prompts: {error:.4f}")
+
+
+def _calibration(arguments: argparse.Namespace) -> "Calibration":
+    from qwen3vl_jax.checkpoints.files import sha256
+    from qwen3vl_jax.checkpoints.selection import Calibration
+
+    prompts = _prompts(arguments.calibrate)
+
+    def measure() -> dict[str, float]:
+        from qwen3vl_jax.perturbation import measured_sensitivities  # JAX
+
+        return measured_sensitivities(
+            arguments.source, prompts, dtype=arguments.dtype, say=console.say
+        )
+
+    return Calibration(measure, sha256("\n".join(prompts).encode()))
+
+
+def _prompts(file: Path) -> list[str]:
+    return console.read_text(file, MOST_PROMPT_BYTES).splitlines()
 
 
 def _codecs(source: Path, name: str | None) -> dict[str, str] | None:

@@ -17,11 +17,13 @@ from memsched.codecs.names import CODECS, parse_codec
 from memsched.codecs.plain import Narrow, Raw
 from memsched.codecs.svd import Svd, rank_for_energy
 from memsched.codecs.two_of_four import TwoOfFour
+from memsched.errors import CodecError
 
 __all__ = [
     "CODECS",
     "BlockSparse",
     "Codec",
+    "CodecError",
     "Int4",
     "Int8",
     "Narrow",

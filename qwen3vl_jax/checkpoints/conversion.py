@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from memsched.codecs.choice import Choice
 from qwen3vl_jax.checkpoints.array_writer import ArrayWriter, stored_array
 from qwen3vl_jax.checkpoints.encodings import (
     Encodings,
@@ -42,6 +43,7 @@ from qwen3vl_jax.checkpoints.manifest import (
     encode,
 )
 from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
+from qwen3vl_jax.checkpoints.selection import Selection, matrix_bytes, select
 from qwen3vl_jax.checkpoints.store import Store, check_file
 from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
 from qwen3vl_jax.config import Config, load_config
@@ -86,13 +88,18 @@ def to_store(
     dtype: str,
     progress: Progress,
     codecs: Mapping[str, str] | None = None,
-) -> None:
+    selection: Selection | None = None,
+) -> Choice | None:
     """Write our store at `destination` from a Hugging Face or Orbax checkpoint, or a raw store.
 
     Args:
         dtype: "keep", or the name of the dtype that all arrays get.
         codecs: for paths of arrays the codec that each is encoded with; those that would not
             become smaller stay raw.
+        selection: in place of `codecs`, by what they are chosen.
+
+    Returns:
+        What was chosen by a selection.
 
     Raises:
         UsageError: if `destination` exists, or the source is such a store already.
@@ -101,7 +108,7 @@ def to_store(
         StorageError: if there is too little space, or the system refuses.
     """
     config = load_config(source)
-    if kind_of(source) == "store" and not codecs:
+    if kind_of(source) == "store" and not codecs and selection is None:
         raise UsageError(
             f"{source} is a store already; use --codec, --to-hf, --to-orbax or --verify"
         )
@@ -111,18 +118,27 @@ def to_store(
                 f"{source} is an encoded store, and nothing is encoded twice; convert the original"
             )
         dtypes = _dtypes(checkpoint, config, dtype)
-        encodings = {} if codecs is None else encodings_of(config, codecs, dtypes)
+        encodings: Encodings = {} if codecs is None else encodings_of(config, codecs, dtypes)
         task = {"to": "store", "dtype": dtype, "from": fingerprint(source)} | _task(encodings)
+        task |= {} if selection is None else selection.task
         with WorkDirectory(destination, task) as work:
+            selected = None
+            if selection is not None:
+                progress.stage("measuring", matrix_bytes(config, dtypes))
+                selected = select(selection, checkpoint, config, dtypes, work, progress.advance)
+                encodings = selected.encodings
             _check_space(config, work, dtypes, encodings)
             progress.stage("converting", checkpoint.nbytes)
             writer = ArrayWriter(work, dtype, encodings)
             files = _copy_files(checkpoint, source, work.content)
+            if selected is not None:
+                files |= _write_files(work.content, selected.files)
             kept = _store_all(checkpoint, config, writer, progress)
             names = (entry.array for entry in arrays(as_encoded(config, encodings)))
             stored = {name: stored_array(work.done[name]) for name in names}
             write_synced(work.content / MANIFEST_NAME, encode(Manifest(stored, files, kept)))
             work.publish()
+    return None if selected is None else selected.choice
 
 
 def _task(encodings: Encodings) -> dict[str, str]:
@@ -157,6 +173,12 @@ def copy_side_files(source: Path, destination: Path) -> dict[str, StoredFile]:
             write_synced(destination / name, content)
             copied[name] = StoredFile(len(content), sha256(content))
     return copied
+
+
+def _write_files(destination: Path, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+    for name, content in files.items():
+        write_synced(destination / name, content)
+    return {name: StoredFile(len(content), sha256(content)) for name, content in files.items()}
 
 
 def needed_space(path: Path, nbytes: int) -> None:

@@ -25,6 +25,7 @@ from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import named_dtype
 from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_rows
+from qwen3vl_jax.planned.options import LEVELS
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.shapes import check_context
@@ -50,7 +51,7 @@ class Budgets:
     @property
     def asked(self) -> bool:
         """Whether anything is limited, so that a plan is wanted."""
-        return dataclasses.replace(self, plan_seconds=None) != Budgets()
+        return dataclasses.replace(self, plan_seconds=None, level="minimal") != Budgets()
 
 
 def load(
@@ -113,10 +114,7 @@ def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
     Args:
         measure_s: how long disk and processor are measured; with 0 their rates are assumed.
     """
-    if budgets.level != "minimal":
-        raise UsageError(
-            f"level {budgets.level!r} is unknown; this version has minimal, which changes no bit"
-        )
+    check_level(budgets)
     if budgets.machine is not None:
         machine = load_machine(Path(budgets.machine))
     else:
@@ -125,6 +123,22 @@ def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
     if budgets.nvme_dir is None:
         asked.setdefault(NVME, 0)
     return with_limits(machine, asked)
+
+
+def check_level(budgets: Budgets) -> None:
+    """Plans stream weights as they are stored.
+
+    Raises:
+        UsageError: a level by which they would be encoded.
+    """
+    if budgets.level not in LEVELS:
+        raise UsageError(f"level {budgets.level!r} is unknown; choose one of {', '.join(LEVELS)}")
+    if budgets.level != "minimal":
+        raise UsageError(
+            f"level {budgets.level!r} encodes weights in memory, and streamed ones stay as they "
+            f"are stored; make a store with scripts/convert.py --codec auto --level "
+            f"{budgets.level}, and load that without a level"
+        )
 
 
 def cost_model(budgets: Budgets, machine: Machine) -> CostModel:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-LEVELS = ("minimal",)
+LEVELS = ("minimal", "balanced", "aggressive")
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,12 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     add("--host-memory", metavar="SIZE", help="main memory beside an accelerator")
     add("--nvme-dir", type=Path, metavar="DIR", help="where arrays may be moved out to")
     add("--nvme-space", metavar="SIZE", help="how much of that directory; reserved at once")
-    add("--level", choices=LEVELS, default=LEVELS[0], help="minimal changes no bit of the answer")
+    add(
+        "--level",
+        choices=LEVELS,
+        default=LEVELS[0],
+        help="minimal changes no bit; others encode raw weights while they load, without limits",
+    )
     add(
         "--report",
         type=Path,

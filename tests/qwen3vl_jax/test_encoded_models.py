@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import planned_models as helper
 import pytest
 import tiny
+from converting import convert
 from encoded_stores import HEAD, NAMES, TABLE, decoded, encoded_store, is_encoded
 
 from memsched.codecs import parse_codec
@@ -18,11 +20,12 @@ from memsched.errors import DoesNotFitError, ProgramError
 from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.checkpoints.encodings import with_own_head
 from qwen3vl_jax.checkpoints.opening import described
-from qwen3vl_jax.encoded import Encoded, PackedRows
+from qwen3vl_jax.encoded import Encoded, PackedRows, format_of
 from qwen3vl_jax.errors import UsageError, WeightError
 from qwen3vl_jax.network import abstract_network, network_from_arrays
 from qwen3vl_jax.planned.dry_run import dry_run
 from qwen3vl_jax.planned.loading import Budgets
+from qwen3vl_jax.planned.options import LEVELS
 from qwen3vl_jax.planned.request import Request
 
 PROJECTION = "language_model.layers.1.self_attn.q_proj.weight"
@@ -116,6 +119,28 @@ def test_what_is_encoded_while_it_is_loaded_is_what_a_store_has(
             assert (other.shape, other.format) == (array.shape, array.format)
             array, other = array.packed, other.packed
         np.testing.assert_array_equal(np.asarray(array), np.asarray(other))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_encodes_while_loading_what_a_conversion_by_it_does(
+    level: str, located: Located, tmp_path: Path
+) -> None:
+    source, store = located("dense_tied", "raw"), tmp_path / "store"
+    assert convert(source, store, "--codec", "auto", "--level", level) == 0
+    made = Qwen3VL.from_pretrained(source, level=level)
+    assert made.config == Qwen3VL.from_pretrained(store).config
+    rows = json.loads((store / "encoding_report.json").read_text())["arrays"]
+    for path, array in made.parameters.items():
+        row = rows.get(path.removesuffix(".0") if path.startswith(HEAD) else path)
+        codec = "raw" if row is None else row["codec"]
+        assert isinstance(array, Encoded) == (codec != "raw")
+        if isinstance(array, Encoded):
+            assert array.format == format_of(parse_codec(codec))
+            assert array.nbytes == row["nbytes"]
+    assert any(isinstance(a, Encoded) for a in made.parameters.values()) == (level != "minimal")
+    stored = Qwen3VL.from_pretrained(store, level=level)  # which leaves it as it is
+    given = tiny.inputs("text")
+    np.testing.assert_array_equal(np.asarray(made(**given)), np.asarray(stored(**given)))
 
 
 def test_an_encoded_store_is_computed_with_in_another_dtype(located: Located) -> None:
@@ -230,6 +255,14 @@ def test_a_damaged_chunk_is_noticed_when_the_model_is_loaded(
         ("raw", {"codec": "int8", "device_memory": "1GB"}, UsageError, "convert .* --codec"),
         ("int8", {"codec": "int8"}, UsageError, "is encoded already"),
         ("raw", {"codec": "int9"}, ProgramError, "codec 'int9' is unknown"),
+        ("raw", {"level": "reckless"}, UsageError, "level 'reckless' is unknown; there is aggres"),
+        ("raw", {"level": "balanced", "codec": "int8"}, UsageError, "both say what to encode"),
+        (
+            "raw",
+            {"level": "balanced", "device_memory": "1GB"},
+            UsageError,
+            "scripts/convert.py --codec auto --level balanced, and load",
+        ),
     ],
 )
 def test_codecs_that_cannot_be_had_while_loading_are_refused(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,6 +73,25 @@ def test_an_encoded_store_is_made_and_compared_in_one_call(
     assert "nothing is encoded twice" in capsys.readouterr().err
     assert convert(made / "hf", made / "same", "--codec", "raw") == 0
     assert files(made / "same") == files(made / "store")
+
+
+@pytest.mark.parametrize("level", ["balanced", "aggressive"])
+def test_codecs_are_chosen_of_any_source_and_compared_in_one_call(
+    made: Path, level: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    for source in ("hf", "store"):
+        arguments = ("--codec", "auto", "--level", level, "--verify")
+        assert convert(made / source, made / f"of_{source}", *arguments) == 0
+        out, err = capsys.readouterr()
+        holds = f"{made / f'of_{source}'} holds what its codecs make of {made / source}"
+        assert out.splitlines() == [holds]
+        assert re.fullmatch(
+            r"predicted error of the logits: 0\.\d{4} of 0\.\d+", err.splitlines()[-1]
+        )
+    assert files(made / "of_hf") == files(made / "of_store")
+    assert convert(made / "of_hf", made / "again", "--codec", "auto") == 2
+    assert "nothing is encoded twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dialect", ["4", "5"])
@@ -169,6 +189,12 @@ def made(tmp_path: Path) -> Path:
         ["SRC", "DST", "--to-hf", "--codec", "int8"],
         ["SRC", "DST", "--to-orbax", "--codec", "int8"],
         ["SRC", "--codec", "int8", "--verify"],
+        ["SRC", "DST", "--codec", "auto", "--to-hf"],
+        ["SRC", "DST", "--level", "balanced"],
+        ["SRC", "DST", "--codec", "int8", "--error-budget", "0.1"],
+        ["SRC", "DST", "--codec", "int8", "--calibrate", "prompts.txt"],
+        ["SRC", "DST", "--codec", "auto", "--level", "reckless"],
+        ["SRC", "DST", "--codec", "auto", "--error-budget", "little"],
         ["SRC", "DST", "--nonsense"],
     ],
 )
@@ -189,6 +215,7 @@ def test_a_wrong_command_line_is_exit_2(
         (["hf", "new", "--codec=int5"], "codec 'int5' is unknown"),
         (["hf", "new", "--codec=bf16", "--dtype=bfloat16"], "make no array smaller"),
         (["store", "new", "--codec=raw"], "is a store already"),
+        (["hf", "new", "--codec=auto", "--error-budget=-1"], "error budget must be a number"),
     ],
 )
 def test_a_conversion_that_makes_no_sense_is_exit_2(

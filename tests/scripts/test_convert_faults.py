@@ -61,12 +61,15 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(tmp_path: Path)
     assert nothing_left(tmp_path)
 
 
-def test_killed_while_it_encodes_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("int4",), ("auto", "--error-budget", "1")])
+def test_killed_while_it_encodes_it_ends_with_the_same_bytes(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     factory.checkpoint(tmp_path / "hf", "moe", layout="released", shards=3, tied=True)
-    trials = killer(tmp_path / "hf", tmp_path, 8, signal.SIGKILL, "--codec", "int4")
+    trials = killer(tmp_path / "hf", tmp_path, 8, signal.SIGKILL, "--codec", *options)
     assert [trial["again"] for trial in trials] == [0] * 8
     wanted = files(tmp_path / "undisturbed")
-    assert b'"int4:32"' in wanted["manifest.json"]
+    assert b'"int4:' in wanted["manifest.json"]
     assert any(trial["noted"] > 1 for trial in trials)
     for trial in trials:
         assert files(tmp_path / trial["name"]) == wanted
