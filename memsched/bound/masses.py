@@ -124,13 +124,14 @@ def read_masses(program: Program, machine: Machine, cost: CostModel) -> Masses:
     given = [name for name in program.given if name not in is_weight]
     left = dict.fromkeys([*stays, *program.outputs])
     between = (sum(reader.bytes_in(DEVICE, name) for name in names) for names in (given, left))
-    steps = _alike(program.steps, weights, lambda step: _window(reader, step, weights, stays))
+    staying = {name: reader.bytes_in(DEVICE, name) for name in stays}
+    steps = _alike(program.steps, weights, lambda step: _window(reader, step, weights, staying))
     return Masses(
         weights=_classes(weights, [step for _, step in steps]),
         values=tuple(ValueClass(count, *key) for key, count in values.items()),
         windows=tuple(window for window, _ in steps),
         between_bytes=max(between),
-        stays_bytes=sum(reader.bytes_in(DEVICE, name) for name in stays),
+        stays_bytes=sum(staying.values()),
         compute_s=sum(cost.seconds(Run(step.name), program, machine) for step in program.steps),
         device_capacity_bytes=machine.tier(DEVICE).capacity_bytes,
         host_capacity_bytes=None if near == DEVICE else machine.tier(HOST).capacity_bytes,
@@ -141,14 +142,13 @@ def read_masses(program: Program, machine: Machine, cost: CostModel) -> Masses:
 
 
 def _window(
-    reader: _Reader, step: Step, weights: Mapping[str, object], stays: Sequence[str]
+    reader: _Reader, step: Step, weights: Mapping[str, object], staying: Mapping[str, int]
 ) -> Window:
     """What a step holds beside weights. A feature that stays is idle for most steps."""
     touched = {name for name in step.inputs + step.writes if name not in weights}
     nbytes = sum(reader.bytes_in(DEVICE, name) for name in touched) + step.workspace_bytes
-    return Window(
-        nbytes, sum(reader.bytes_in(DEVICE, name) for name in stays if name not in touched)
-    )
+    busy_bytes = sum(staying[name] for name in touched if name in staying)
+    return Window(nbytes, sum(staying.values()) - busy_bytes)
 
 
 def _alike(
