@@ -11,6 +11,7 @@ from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
+from memsched.passes.recipes import read_room
 from memsched.passes.search import Found, tail_spill
 from memsched.plan import Plan
 from memsched.program import Program
@@ -57,10 +58,10 @@ def _baselines(needs: Needs, effort: Effort) -> dict[str, Baseline]:
     best = fastest(needs, repeat=True, effort=effort.share(0.0))
     if len(best.layout.device.pinned) == len(needs.weights):
         return {"resident": Baseline(best.seconds, best.plan)}
-    room = needs.device_capacity_bytes - best.values.device_bytes
-    host_bytes = host_room(needs, best.values)
+    device_bytes = needs.device_capacity_bytes - best.values.device_bytes
+    room = read_room(needs, device_bytes, host_room(needs, best.values), repeat=True)
     found = {}
-    tail = tail_spill(needs, best.values, room, host_bytes, repeat=True, effort=effort)
+    tail = tail_spill(needs, best.values, room, effort)
     if tail is not None:
         found["tail spill"] = Baseline(tail.seconds, tail.plan)
     for name in CACHES:

@@ -13,6 +13,7 @@ from memsched.passes.lower.values import (
     value_budgets,
 )
 from memsched.passes.needs import Needs
+from memsched.passes.recipes import read_room
 from memsched.passes.refine import MOST_WEIGHTS, refined
 from memsched.passes.search import (
     USUAL,
@@ -65,7 +66,8 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
             continue
         weights_bytes = capacity - values.device_bytes
         host_bytes = host_room(needs, values)
-        found = search(needs, values, weights_bytes, host_bytes, repeat=repeat, effort=effort)
+        weights_room = read_room(needs, weights_bytes, host_bytes, repeat=repeat)
+        found = search(needs, values, weights_room, effort)
         if found is not None:
             found = refined(needs, found, weights_bytes, repeat=repeat)
         if found is not None and (best is None or found.seconds < best.seconds):

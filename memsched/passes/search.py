@@ -11,7 +11,7 @@ from memsched.passes.lower.ring import stream
 from memsched.passes.lower.values import Values
 from memsched.passes.needs import Needs
 from memsched.passes.place import Spread
-from memsched.passes.recipes import Recipe, Room, coarse, read_room, stacked
+from memsched.passes.recipes import Recipe, Room, coarse, stacked
 from memsched.plan import Plan
 
 CLOSE_ENOUGH = 1.002
@@ -67,47 +67,28 @@ def evaluate_wrapped(
     return None
 
 
-def tail_spill(
-    needs: Needs,
-    values: Values,
-    device_bytes: int,
-    host_bytes: int,
-    *,
-    repeat: bool,
-    effort: Effort = USUAL,
-) -> Found | None:
+def tail_spill(needs: Needs, values: Values, room: Room, effort: Effort) -> Found | None:
     """The plain way: what is read first stays, the rest is streamed through the best ring found.
 
     The arguments are those of `search`.
     """
-    smallest = evaluate(needs, smallest_layout(needs, host_bytes), values, repeat=repeat)
-    room = read_room(needs, device_bytes, host_bytes, repeat=repeat)
+    layout = smallest_layout(needs, room.host_bytes)
+    smallest = evaluate(needs, layout, values, repeat=room.repeat)
     return _tried(needs, values, room, ("tail",), smallest, effort.tail)
 
 
-def search(
-    needs: Needs,
-    values: Values,
-    device_bytes: int,
-    host_bytes: int,
-    *,
-    repeat: bool,
-    effort: Effort = USUAL,
-) -> Found | None:
-    """The fastest plan whose weights take no more than these bytes, or None if there is none.
+def search(needs: Needs, values: Values, room: Room, effort: Effort) -> Found | None:
+    """The fastest plan whose weights keep to their room, or None if there is none.
 
     It is no slower than `tail_spill`, which is tried first.
 
     Args:
         needs: the program and its machine.
         values: the actions of everything else.
-        device_bytes: what weights may take on the device.
-        host_bytes: what they may take in the host tier, if there is one.
-        repeat: whether the plan follows itself.
+        room: what weights may take, and whether the plan follows itself.
         effort: how much is tried.
     """
-    best = tail_spill(needs, values, device_bytes, host_bytes, repeat=repeat, effort=effort)
-    room = read_room(needs, device_bytes, host_bytes, repeat=repeat)
+    best = tail_spill(needs, values, room, effort)
     return _tried(needs, values, room, ("time", "bytes"), best, effort.search)
 
 
