@@ -17,7 +17,11 @@ from qwen3vl_jax.encoded import Encoded
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
-KERNEL_ROWS = {"bfloat16": 8, "float16": 32, "float32": 16}  # at most, to win
+KERNEL_ROWS = {  # at most, for the kernel to win
+    "avx512": {"bfloat16": 8, "float16": 32, "float32": 16},
+    "avx2": {"bfloat16": 32, "float16": 32, "float32": 16},
+}
+NEED_KERNELS = ("kernel", "many_rows")  # of FORMULATIONS
 BLOCK_OUTPUTS = 256  # rows of a float16 weight that are widened at a time: 2 MB of 2048 each
 
 
@@ -46,25 +50,29 @@ def linear(
     return product.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def formulation(rows: int, dtype: DTypeLike, *, kernel: bool) -> str:
-    """The name of the fastest of `FORMULATIONS` on a CPU; `kernel` says whether there is one.
+def formulation(rows: int, dtype: DTypeLike, *, instruction_set: str | None) -> str:
+    """The name of the fastest of `FORMULATIONS` on a CPU, with the kernels' instruction set.
 
-    Made by scripts/bench_formulations.py on two cores with AVX-512 (DECISIONS.md has the figures):
+    Made by scripts/bench_formulations.py on two cores (DECISIONS.md has the figures):
 
-    | rows     | 1        | 2 to 8   | 9 to 16  | 17 to 32 | more     |
-    |----------|----------|----------|----------|----------|----------|
-    | bfloat16 | kernel   | kernel   | contract | contract | contract |
-    | float16  | kernel   | kernel   | kernel   | kernel   | blocks   |
-    | float32  | kernel   | kernel   | kernel   | contract | contract |
+    | rows              | 1        | 2 to 8   | 9 to 16  | 17 to 32 | more     |
+    |-------------------|----------|----------|----------|----------|----------|
+    | bfloat16, AVX-512 | kernel   | kernel   | contract | contract | contract |
+    | bfloat16, AVX2    | kernel   | kernel   | kernel   | kernel   | many     |
+    | float16           | kernel   | kernel   | kernel   | kernel   | many     |
+    | float32           | kernel   | kernel   | kernel   | contract | contract |
 
-    Without a kernel: bfloat16 two_rows for one row, float16 blocks, everything else contract.
+    Without kernels: bfloat16 two_rows for one row, float16 blocks, everything else contract.
     """
     name = jnp.dtype(dtype).name
-    if kernel and rows <= KERNEL_ROWS.get(name, 0):
+    if instruction_set is None:
+        if name == "bfloat16" and rows == 1:
+            return "two_rows"
+        return "blocks" if name == "float16" else "contract"
+    if rows <= KERNEL_ROWS[instruction_set].get(name, 0):
         return "kernel"
-    if name == "bfloat16" and rows == 1:
-        return "two_rows"
-    return "blocks" if name == "float16" else "contract"
+    widened = name == "float16" or (name == "bfloat16" and instruction_set == "avx2")
+    return "many_rows" if widened else "contract"
 
 
 def contract(
@@ -102,6 +110,7 @@ FORMULATIONS: dict[str, Product] = {
     "blocks": blocks,
     "contract": contract,
     "kernel": kernels.few_rows_product,
+    "many_rows": kernels.many_rows_product,
     "two_rows": two_rows,
 }
 
@@ -111,21 +120,21 @@ def _product(
 ) -> Float[Array, "rows out"]:
     if isinstance(weight, Encoded):
         return weight.product(rows)
-    chosen = formulation(rows.shape[0], rows.dtype, kernel=kernels.usable())
-    return contract(rows, weight) if chosen == "contract" else _few_rows(rows, weight, chosen)
+    chosen = formulation(rows.shape[0], rows.dtype, instruction_set=kernels.instruction_set())
+    return contract(rows, weight) if chosen == "contract" else _for_cpu(rows, weight, chosen)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _few_rows(
+def _for_cpu(
     rows: Float[Array, "rows in"], weight: Float[Array, "out in"], name: str
 ) -> Float[Array, "rows out"]:
     """The named formulation if this is compiled for a CPU, `contract` for anything else."""
     return lax.platform_dependent(rows, weight, cpu=FORMULATIONS[name], default=contract)
 
 
-@_few_rows.defjvp
-def _few_rows_derivative(
+@_for_cpu.defjvp
+def _for_cpu_derivative(
     name: str, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (rows, weight), (d_rows, d_weight) = primals, tangents
-    return _few_rows(rows, weight, name), contract(d_rows, weight) + contract(rows, d_weight)
+    return _for_cpu(rows, weight, name), contract(d_rows, weight) + contract(rows, d_weight)

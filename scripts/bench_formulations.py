@@ -67,15 +67,15 @@ def report(options: argparse.Namespace) -> int:
 def measure(dtype: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """GB/s of every formulation, and which one `linear` takes."""
     from qwen3vl_jax import kernels
-    from qwen3vl_jax.linear import FORMULATIONS, formulation
+    from qwen3vl_jax.linear import FORMULATIONS, NEED_KERNELS, formulation
 
     x, weights = _raw(dtype, rows, options)
-    usable = {n: f for n, f in FORMULATIONS.items() if kernels.usable() or n != "kernel"}
+    usable = {n: f for n, f in FORMULATIONS.items() if kernels.usable() or n not in NEED_KERNELS}
     seconds = _seconds({name: (product, weights) for name, product in usable.items()}, x, options)
     return {
         "dtype": dtype,
         "rows": rows,
-        "chosen": formulation(rows, dtype, kernel=kernels.usable()),
+        "chosen": formulation(rows, dtype, instruction_set=kernels.instruction_set()),
         "GB_per_s": {name: weights[0].nbytes / taken / 1e9 for name, taken in seconds.items()},
     }
 

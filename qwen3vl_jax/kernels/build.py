@@ -23,6 +23,7 @@ HEADERS = (
     "encoded.h",
     "encoded_rows.h",
     "linear_rows.h",
+    "many_rows.h",
     "pool.h",
     "vectors.h",
 )

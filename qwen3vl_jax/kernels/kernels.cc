@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kChunkBytes = 128 << 10;  // Of weight, per grab of a thread: 5 to 10 us of work.
 
+constexpr int64_t kRowBlock = 1024, kTaskOutputs = 64;  // Of a product of many rows.
+
 enum class InstructionSet { kAvx2, kAvx512 };
 
 // Rows side by side, `step` numbers at a time, zeros after the last. Rows of 4096 bytes would fall on
@@ -41,6 +43,28 @@ void linear(const XLA_FFI_CallFrame* frame, InstructionSet set, const T* x, Prod
   });
 }
 
+// Strip after strip, so that what is packed stays in the cache: 1.5 MB for kRowBlock rows.
+template <typename T>
+void many_rows(const XLA_FFI_CallFrame* frame, InstructionSet set, const T* x, const Product& p) {
+  const bool wide = set == InstructionSet::kAvx512;
+  const int64_t tile = wide ? avx512::kTileRows : avx2::kTileRows;
+  const auto pack = wide ? avx512::pack_rows<T> : avx2::pack_rows<T>;
+  const auto multiply = wide ? avx512::multiply_strip<T> : avx2::multiply_strip<T>;
+  std::vector<float> rows((std::min(kRowBlock, p.rows) + tile - 1) / tile * tile * std::min(kDepth, p.in));
+  for (int64_t row = 0; row < p.rows; row += kRowBlock)
+    for (int64_t k = 0; k < p.in; k += kDepth) {
+      const Strip s{rows.data(), static_cast<const T*>(p.w) + k, p.y + row * p.out, std::min(kRowBlock, p.rows - row),
+                    p.in, p.out, std::min(kDepth, p.in - k), k > 0};
+      run(frame, (s.rows + tile - 1) / tile, [&](int64_t t) {
+        const int64_t first = t * tile;
+        pack(x + (row + first) * p.in + k, p.in, std::min(tile, s.rows - first), s.depth, &rows[first * s.depth]);
+      });
+      run(frame, (p.out + kTaskOutputs - 1) / kTaskOutputs, [&](int64_t task) {
+        multiply(s, task * kTaskOutputs, std::min((task + 1) * kTaskOutputs, p.out));
+      });
+    }
+}
+
 template <typename T>
 void attention(const XLA_FFI_CallFrame* frame, InstructionSet set, int64_t heads, int64_t key_heads,
                const Attention& all) {
@@ -65,7 +89,15 @@ bool shaped(const XLA_FFI_Buffer* buffer, XLA_FFI_DataType dtype, std::initializ
          std::equal(dims.begin(), dims.end(), buffer->dims);
 }
 
-XLA_FFI_Error* handle_linear(XLA_FFI_CallFrame* frame, InstructionSet set) {
+template <typename T>
+void product(const XLA_FFI_CallFrame* frame, InstructionSet set, bool many, const void* x, const Product& p) {
+  if (many)
+    many_rows(frame, set, static_cast<const T*>(x), p);
+  else
+    linear(frame, set, static_cast<const T*>(x), p);
+}
+
+XLA_FFI_Error* handle_product(XLA_FFI_CallFrame* frame, InstructionSet set, bool many) {
   if (answers_metadata(frame)) return nullptr;
   if (frame->args.size != 2 || frame->rets.size != 1) return failure(frame->api, "linear: x, w -> y");
   const auto* x = static_cast<XLA_FFI_Buffer*>(frame->args.args[0]);
@@ -74,16 +106,16 @@ XLA_FFI_Error* handle_linear(XLA_FFI_CallFrame* frame, InstructionSet set) {
   if (x->rank != 2 || w->rank != 2 || !shaped(w, x->dtype, {w->dims[0], x->dims[1]}) ||
       !shaped(y, XLA_FFI_DataType_F32, {x->dims[0], w->dims[0]}))
     return failure(frame->api, "linear: x [rows, in] and w [out, in] of one dtype, y float32 [rows, out]");
-  const Product product{nullptr, w->data, static_cast<float*>(y->data), x->dims[0], x->dims[1], w->dims[0]};
+  const Product p{nullptr, w->data, static_cast<float*>(y->data), x->dims[0], x->dims[1], w->dims[0]};
   switch (x->dtype) {
     case XLA_FFI_DataType_BF16:
-      linear(frame, set, static_cast<const Bfloat16*>(x->data), product);
+      product<Bfloat16>(frame, set, many, x->data, p);
       return nullptr;
     case XLA_FFI_DataType_F16:
-      linear(frame, set, static_cast<const Float16*>(x->data), product);
+      product<Float16>(frame, set, many, x->data, p);
       return nullptr;
     case XLA_FFI_DataType_F32:
-      linear(frame, set, static_cast<const float*>(x->data), product);
+      product<float>(frame, set, many, x->data, p);
       return nullptr;
     default:
       return failure(frame->api, "linear: bfloat16, float16 or float32");
@@ -144,11 +176,19 @@ int qwen3vl_has_avx512() {
 }
 
 XLA_FFI_Error* qwen3vl_linear_avx2(XLA_FFI_CallFrame* frame) {
-  return handle_linear(frame, InstructionSet::kAvx2);
+  return handle_product(frame, InstructionSet::kAvx2, /*many=*/false);
+}
+
+XLA_FFI_Error* qwen3vl_many_rows_avx2(XLA_FFI_CallFrame* frame) {
+  return handle_product(frame, InstructionSet::kAvx2, /*many=*/true);
 }
 
 XLA_FFI_Error* qwen3vl_linear_avx512(XLA_FFI_CallFrame* frame) {
-  return handle_linear(frame, InstructionSet::kAvx512);
+  return handle_product(frame, InstructionSet::kAvx512, /*many=*/false);
+}
+
+XLA_FFI_Error* qwen3vl_many_rows_avx512(XLA_FFI_CallFrame* frame) {
+  return handle_product(frame, InstructionSet::kAvx512, /*many=*/true);
 }
 
 XLA_FFI_Error* qwen3vl_attention_avx2(XLA_FFI_CallFrame* frame) {

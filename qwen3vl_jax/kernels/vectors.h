@@ -26,6 +26,17 @@ struct Product {
   int64_t rows, in, out;
 };
 
+// A part of a product of many rows: y[r, o] (+)= sum of `depth` terms.
+struct Strip {
+  const float* x;  // Packed: [ceil(rows / tile), depth, tile].
+  const void* w;   // The first number of the strip in row 0.
+  float* y;
+  int64_t rows, in, out, depth;
+  bool add;
+};
+
+constexpr int64_t kDepth = 384;  // A panel of 16 outputs takes 24 KB of the first cache.
+
 // One new token's attention, of one key head and the query heads that share it.
 struct Attention {
   const void* queries;  // Packed, as the x of a Product with rows = groups, in = size.
@@ -67,7 +78,7 @@ constexpr int64_t kTileKeys = 64;  // Their scores, and 128 values of each, fit 
 
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-constexpr int kLanes = 8, kOutputs = 4, kRows = 3;
+constexpr int kLanes = 8, kOutputs = 4, kRows = 3, kTileRows = 6;
 using Vector = __m256;
 TARGET inline Vector zero() { return _mm256_setzero_ps(); }
 TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
@@ -101,6 +112,7 @@ TARGET inline void store(Bfloat16* to, Vector v) {  // To the nearest, of two as
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
 }
 TARGET inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+TARGET inline Vector add_up(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 TARGET inline Vector widen(const uint8_t* int8) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(int8))));
 }
@@ -117,12 +129,13 @@ TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vec
 #include "linear_rows.h"
 #include "attention_rows.h"
 #include "encoded_rows.h"
+#include "many_rows.h"
 #undef TARGET
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f")))
-constexpr int kLanes = 16, kOutputs = 4, kRows = 4;
+#define TARGET __attribute__((target("avx512f,avx2,fma,f16c")))  // Whatever has the first has all.
+constexpr int kLanes = 16, kOutputs = 4, kRows = 4, kTileRows = 12;
 using Vector = __m512;
 TARGET inline Vector zero() { return _mm512_setzero_ps(); }
 TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
@@ -150,6 +163,7 @@ TARGET inline void store(Bfloat16* to, Vector v) {  // As that of AVX2.
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
 }
 TARGET inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+TARGET inline Vector add_up(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 TARGET inline Vector widen(const uint8_t* int8) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(int8))));
 }
@@ -166,5 +180,6 @@ TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vec
 #include "linear_rows.h"
 #include "attention_rows.h"
 #include "encoded_rows.h"
+#include "many_rows.h"
 #undef TARGET
 }  // namespace avx512

@@ -15,10 +15,11 @@ from jax import lax
 
 from qwen3vl_jax import kernels
 from qwen3vl_jax.kernels import build
-from qwen3vl_jax.linear import FORMULATIONS, formulation, linear
+from qwen3vl_jax.linear import FORMULATIONS, NEED_KERNELS, formulation, linear
 
 # Half a unit in the last place, relative: what rounding a result to the dtype costs at most.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+ONE_BY_ONE = 2.0**-21  # of a sum of 384 numbers in a row; other products sum in several lanes
 # (out, in): multiples of a vector, odd ones, one number.
 SIZES = ((64, 96), (37, 45), (1, 1))
 
@@ -41,11 +42,13 @@ def wide(array: jax.Array) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
-def assert_product(result: jax.Array, x: jax.Array, weight: jax.Array, rounding: float) -> None:
+def assert_product(
+    result: jax.Array, x: jax.Array, weight: jax.Array, rounding: float, of_sum: float = 2.0**-22
+) -> None:
     """Within one rounding of the result, and those of a float32 sum, from the true product."""
     true = wide(x) @ wide(weight).T
     sums = np.abs(wide(x)) @ np.abs(wide(weight)).T
-    allowed = 1.01 * rounding * np.abs(true) + 2.0**-22 * sums + 1e-7
+    allowed = 1.01 * rounding * np.abs(true) + of_sum * sums + 1e-7
     assert np.all(np.abs(wide(result) - true) <= allowed)
 
 
@@ -60,7 +63,7 @@ def test_linear_is_the_product_for_every_number_of_rows(rows: int, dtype: str) -
         assert_product(result, x, weight, ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("name", [name for name in FORMULATIONS if name != "kernel"])
+@pytest.mark.parametrize("name", [name for name in FORMULATIONS if name not in NEED_KERNELS])
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_every_formulation_is_the_product_in_float32(dtype: str, name: str) -> None:
     x, weight = draw((3, 70), dtype, 1), draw((600, 70), dtype, 2)
@@ -81,6 +84,33 @@ def test_the_kernel_of_every_instruction_set_agrees_with_xla(
                 assert_product(result, x, weight, 0.0)
                 plain = FORMULATIONS["contract"](x, weight)
                 np.testing.assert_allclose(result, plain, rtol=1e-5, atol=1e-5 * inputs**0.5)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_many_rows_are_the_product_at_every_edge_of_a_tile(
+    dtype: str, instruction_sets: tuple[str, ...]
+) -> None:
+    # Strips of 384 numbers, tasks of 64 outputs, panels of 16 or 32, tiles of 6 or 12 rows.
+    for rows, outputs, inputs in (
+        (1, 1, 1),
+        (5, 17, 7),
+        (13, 64, 384),
+        (24, 97, 393),
+        (7, 130, 769),
+    ):
+        x, weight = draw((rows, inputs), dtype, 1), draw((outputs, inputs), dtype, 2)
+        for name in instruction_sets:
+            result = kernels.many_rows_product(x, weight, instruction_set=name)
+            assert_product(result, x, weight, 0.0, of_sum=ONE_BY_ONE)
+
+
+def test_more_rows_than_are_packed_at_once(instruction_sets: tuple[str, ...]) -> None:
+    x, weight = draw((1500, 40), "bfloat16", 1), draw((24, 40), "bfloat16", 2)
+    for name in instruction_sets:
+        result = kernels.many_rows_product(x, weight, instruction_set=name)
+        assert_product(result, x, weight, 0.0)
+        few = kernels.many_rows_product(x[1400:1403], weight, instruction_set=name)
+        np.testing.assert_array_equal(few, result[1400:1403])
 
 
 def test_leading_axes_stay_and_the_bias_is_added_before_rounding() -> None:
@@ -213,8 +243,8 @@ def test_a_program_for_another_platform_calls_no_kernel() -> None:
 def test_no_copy_of_a_weight_in_float32_is_made(rows: int, dtype: str) -> None:
     weight = jax.ShapeDtypeStruct((4096, 1024), jnp.dtype(dtype))
     x = jax.ShapeDtypeStruct((rows, 1024), jnp.dtype(dtype))
-    for kernel in {False, kernels.usable()}:
-        product = FORMULATIONS[formulation(rows, dtype, kernel=kernel)]
+    for instruction_set in {None, kernels.instruction_set()}:
+        product = FORMULATIONS[formulation(rows, dtype, instruction_set=instruction_set)]
         memory = jax.jit(product).lower(x, weight).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 4096 * 1024 * 4 / 2
 
@@ -233,9 +263,10 @@ def test_the_chosen_formulation_is_still_the_fast_one(kernel: bool, rows: int, d
     steps = {
         name: jax.jit(product).lower(x, weight).compile()
         for name, product in FORMULATIONS.items()
-        if kernel or name != "kernel"
+        if kernel or name not in NEED_KERNELS
     }
-    chosen = formulation(rows, dtype, kernel=kernel)
+    instruction_set = kernels.instruction_set() if kernel else None
+    chosen = formulation(rows, dtype, instruction_set=instruction_set)
     best = dict.fromkeys(steps, float("inf"))
     # The least of many short runs in turn survives a busy machine; more runs where it does not.
     for number in range(ROUNDS):
