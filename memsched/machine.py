@@ -1,6 +1,7 @@
 """Where arrays can rest and how fast they move: tiers, links, and the compute between them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -69,7 +70,7 @@ class Target:
     float32_units_per_core: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """Tiers from the fastest to the largest, and the links between them.
 
@@ -91,15 +92,22 @@ class Machine:
         Raises:
             ProgramError: there is none.
         """
-        for tier in self.tiers:
-            if tier.name == name:
-                return tier
-        known = ", ".join(tier.name for tier in self.tiers)
+        if (tier := self._tiers.get(name)) is not None:
+            return tier
+        known = ", ".join(self._tiers)
         raise ProgramError(f"machine {self.name!r} has no tier {name!r}; it has {known}")
 
     def has_tier(self, name: str) -> bool:
         """Whether there is a tier of this name."""
-        return any(tier.name == name for tier in self.tiers)
+        return name in self._tiers
+
+    @functools.cached_property
+    def _tiers(self) -> dict[str, Tier]:
+        return {tier.name: tier for tier in self.tiers}
+
+    @functools.cached_property
+    def _links(self) -> dict[tuple[str, str], Link]:
+        return {(link.source, link.target): link for link in self.links}
 
     @property
     def device_is_host(self) -> bool:
@@ -108,10 +116,7 @@ class Machine:
 
     def link(self, source: str, target: str) -> Link | None:
         """The link between two tiers, if there is one."""
-        for link in self.links:
-            if (link.source, link.target) == (source, target):
-                return link
-        return None
+        return self._links.get((source, target))
 
     def with_capacities(self, capacities: Mapping[str, int]) -> "Machine":
         """The same machine with other budgets.
@@ -127,7 +132,7 @@ class Machine:
         )
         return dataclasses.replace(self, tiers=tiers)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """16 hexadecimal digits that change with anything that plans depend on."""
         body = dataclasses.asdict(self) | {"name": ""}

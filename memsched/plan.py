@@ -2,21 +2,23 @@
 
 Three verbs carry everything. `Copy` moves, `Run` computes or computes again, and `Free` is the
 only way in which memory comes back. A technique is a way of choosing these three.
+
+Actions and residences are tuples: a large plan has 100,000 of each, and dataclasses take three
+times as long to make and five times as long to look up.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Compute a step. Its results appear in the device tier."""
 
     step: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Bring an array to another tier, in the form `codec`. The source stays.
 
     The target counts from here on; its bytes may arrive at any time before the first action that
@@ -29,8 +31,7 @@ class Copy:
     codec: str = "raw"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Free:
+class Free(NamedTuple):
     """Forget an array in a tier, once all earlier actions that use it there have finished."""
 
     array: str
@@ -40,8 +41,7 @@ class Free:
 Action = Run | Copy | Free
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Residence:
+class Residence(NamedTuple):
     """An array in a tier, before or after a plan.
 
     `offset` is where it lies in the tier's arena; None where the tier places it itself.

@@ -14,13 +14,13 @@ from typing import assert_never
 
 from memsched.errors import PlanError, ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Machine, Tier, rounded
-from memsched.plan import Copy, Free, Plan, Residence, Run
+from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Program
 
 CODECS = ("raw",)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Rest:
     """An array in a tier: the version that lies there, and where in the arena."""
 
@@ -85,16 +85,10 @@ def verify(plan: Plan, program: Program, machine: Machine) -> dict[str, int]:
     walk = _start(plan, program, machine)
     _enter(walk, plan.entry)
     for index, action in enumerate(plan.actions):
-        where = f"action {index} {action}"
-        match action:
-            case Run():
-                _run(walk, action, where)
-            case Copy():
-                _copy(walk, action, plan.slots.get(index), where)
-            case Free():
-                _free(walk, action, where)
-            case _:
-                assert_never(action)
+        try:
+            _act(walk, action, plan.slots.get(index))
+        except PlanError as error:
+            raise PlanError(f"action {index} {action}: {error}") from None
     if missing := [step.name for step in program.steps if step.name not in walk.ran]:
         raise PlanError(f"{len(missing)} of {len(program.steps)} steps never run: {missing[:5]}")
     _leave(walk, plan.exit)
@@ -170,69 +164,88 @@ def _touched_bytes(plan: Plan, tier: Tier, nbytes: Mapping[str, int]) -> int:
 def _enter(walk: _Walk, entry: tuple[Residence, ...]) -> None:
     """Puts everything where it rests before the plan."""
     for rest in entry:
-        _put(walk, rest, 0, f"entry {rest}")
+        try:
+            _check_names(walk, rest.array, rest.tier, rest.codec)
+            _put(walk, rest.array, rest.tier, 0, rest.offset)
+        except PlanError as error:
+            raise PlanError(f"entry {rest}: {error}") from None
     _check_rests("entry", "a step makes it", entry, walk.program, walk.program.given)
     for place in walk.places.values():
-        _account(place, "entry", 0)
+        try:
+            _account(place, 0)
+        except PlanError as error:
+            raise PlanError(f"entry: {error}") from None
 
 
-def _run(walk: _Walk, action: Run, where: str) -> None:
+def _act(walk: _Walk, action: Action, slot: int | None) -> None:
+    """Carries out an action."""
+    match action:
+        case Run():
+            _run(walk, action)
+        case Copy():
+            _copy(walk, action, slot)
+        case Free():
+            _free(walk, action)
+        case _:
+            assert_never(action)
+
+
+def _run(walk: _Walk, action: Run) -> None:
     """The step finds what it reads, and its results appear."""
     if action.step not in walk.wanted:
-        raise PlanError(f"{where}: the program has no step {action.step!r}")
+        raise PlanError(f"the program has no step {action.step!r}")
     step = walk.program.step(action.step)
     if step.updates and step.name in walk.ran:
-        raise PlanError(f"{where}: runs again, but a step that updates {step.updates} runs once")
+        raise PlanError(f"runs again, but a step that updates {step.updates} runs once")
     device = walk.places[DEVICE]
     for name, version in walk.wanted[step.name].items():
-        _need(device, name, version, where)
+        _need(device, name, version)
     made = walk.made[step.name]
     for name in step.writes:
-        _put(walk, Residence(name, DEVICE), made[name], where)
+        _put(walk, name, DEVICE, made[name], None)
     for name in step.updates:
-        device.held[name] = dataclasses.replace(device.held[name], version=made[name])
+        device.held[name].version = made[name]
     for name, version in made.items():
         walk.newest[name] = max(walk.newest[name], version)
     walk.ran.add(step.name)
-    _account(device, where, step.workspace_bytes)
+    _account(device, step.workspace_bytes)
 
 
-def _copy(walk: _Walk, action: Copy, slot: int | None, where: str) -> None:
+def _copy(walk: _Walk, action: Copy, slot: int | None) -> None:
     """The source has the newest version; the target is another tier and has none."""
-    rest = Residence(action.array, action.target, action.codec, slot)
-    _check_names(walk, rest, where)
+    _check_names(walk, action.array, action.target, action.codec)
     if walk.machine.link(action.source, action.target) is None:
-        raise PlanError(f"{where}: there is no link {action.source}->{action.target}")
+        raise PlanError(f"there is no link {action.source}->{action.target}")
     version = walk.newest[action.array]
-    _need(walk.places[action.source], action.array, version, where)
-    _put(walk, rest, version, where)
-    _account(walk.places[action.target], where, 0)
+    _need(walk.places[action.source], action.array, version)
+    _put(walk, action.array, action.target, version, slot)
+    _account(walk.places[action.target], 0)
 
 
-def _free(walk: _Walk, action: Free, where: str) -> None:
+def _free(walk: _Walk, action: Free) -> None:
     """The array was there, and is not a weight in its home."""
     place = walk.places.get(action.tier)
     if place is None or action.array not in place.held:
-        raise PlanError(f"{where}: {action.array!r} is not in {action.tier!r}")
+        raise PlanError(f"{action.array!r} is not in {action.tier!r}")
     if action.tier == NVME and walk.program.arrays[action.array].kind == "weight":
-        raise PlanError(f"{where}: weights rest in {NVME!r} for ever; remove this Free")
+        raise PlanError(f"weights rest in {NVME!r} for ever; remove this Free")
     gone = place.held.pop(action.array)
     nbytes = rounded(walk.nbytes[action.array], place.tier.alignment_bytes)
     if gone.offset is None:
         place.loose_bytes -= nbytes
     elif nbytes:
-        place.taken.remove((gone.offset, gone.offset + nbytes, action.array))
+        taken = (gone.offset, gone.offset + nbytes, action.array)
+        del place.taken[bisect.bisect_left(place.taken, taken)]
 
 
 def _leave(walk: _Walk, left: tuple[Residence, ...]) -> None:
     """The exit is all that is held, in its newest version, and nothing that is done with."""
     program = walk.program
     for rest in left:
-        where = f"exit {rest}"
-        _check_names(walk, rest, where)
-        _need(walk.places[rest.tier], rest.array, walk.newest[rest.array], where)
-        if (offset := walk.places[rest.tier].held[rest.array].offset) != rest.offset:
-            raise PlanError(f"{where}: it lies at offset {offset}, not at {rest.offset}")
+        try:
+            _check_left(walk, rest)
+        except PlanError as error:
+            raise PlanError(f"exit {rest}: {error}") from None
     stays = (*program.of_kind("weight", "cache", "feature"), *program.outputs)
     _check_rests("exit", "it is no output, so free it", left, program, stays)
     listed = {(rest.array, rest.tier) for rest in left}
@@ -240,6 +253,15 @@ def _leave(walk: _Walk, left: tuple[Residence, ...]) -> None:
         for name in place.held:
             if (name, place.tier.name) not in listed:
                 raise PlanError(f"exit: {name!r} is still in {place.tier.name!r}; free or list it")
+
+
+def _check_left(walk: _Walk, rest: Residence) -> None:
+    """An array lies where the exit says, in its newest version."""
+    _check_names(walk, rest.array, rest.tier, rest.codec)
+    place = walk.places[rest.tier]
+    _need(place, rest.array, walk.newest[rest.array])
+    if (offset := place.held[rest.array].offset) != rest.offset:
+        raise PlanError(f"it lies at offset {offset}, not at {rest.offset}")
 
 
 def _check_rests(
@@ -266,90 +288,89 @@ def _check_rests(
             raise PlanError(f"{title}: {name!r} must rest in {DEVICE!r} only, found in {found}")
 
 
-def _check_names(walk: _Walk, rest: Residence, where: str) -> None:
+def _check_names(walk: _Walk, array: str, tier: str, codec: str) -> None:
     """Array, tier and codec exist."""
-    if rest.array not in walk.nbytes:
-        raise PlanError(f"{where}: {rest.array!r} is not an array of the program")
-    if rest.tier not in walk.places:
-        raise PlanError(f"{where}: the machine has no tier {rest.tier!r}")
-    if rest.codec not in CODECS:
-        raise PlanError(f"{where}: codec {rest.codec!r} is unknown; steps read {CODECS}")
+    if array not in walk.nbytes:
+        raise PlanError(f"{array!r} is not an array of the program")
+    if tier not in walk.places:
+        raise PlanError(f"the machine has no tier {tier!r}")
+    if codec not in CODECS:
+        raise PlanError(f"codec {codec!r} is unknown; steps read {CODECS}")
 
 
-def _need(place: _Place, name: str, version: int, where: str) -> None:
+def _need(place: _Place, name: str, version: int) -> None:
     """An array lies in a tier in exactly this version."""
     rest = place.held.get(name)
     if rest is None:
-        raise PlanError(f"{where}: {name!r} is not in {place.tier.name!r}")
+        raise PlanError(f"{name!r} is not in {place.tier.name!r}")
     if rest.version != version:
         raise PlanError(
-            f"{where}: {name!r} in {place.tier.name!r} is stale or early: it has version "
+            f"{name!r} in {place.tier.name!r} is stale or early: it has version "
             f"{rest.version}, wanted is version {version}"
         )
 
 
-def _put(walk: _Walk, rest: Residence, version: int, where: str) -> None:
+def _put(walk: _Walk, name: str, tier_name: str, version: int, offset: int | None) -> None:
     """An array appears in a tier that did not hold it, where nothing else lies."""
-    _check_names(walk, rest, where)
-    place = walk.places[rest.tier]
+    place = walk.places[tier_name]
     tier = place.tier
-    if rest.array in place.held:
-        raise PlanError(f"{where}: {rest.array!r} is already in {tier.name!r}; free it before")
-    is_weight = walk.program.arrays[rest.array].kind == "weight"
-    nbytes = walk.nbytes[rest.array]
+    if name in place.held:
+        raise PlanError(f"{name!r} is already in {tier.name!r}; free it before")
+    is_weight = walk.program.arrays[name].kind == "weight"
+    nbytes = walk.nbytes[name]
     if is_weight and tier.name == NVME:
-        place.held[rest.array] = _Rest(version, None)
-        if rest.offset is not None:
-            raise PlanError(f"{where}: {NVME!r} has no arena, so no offset {rest.offset}")
+        place.held[name] = _Rest(version, None)
+        if offset is not None:
+            raise PlanError(f"{NVME!r} has no arena, so no offset {offset}")
         return
     if nbytes > tier.max_array_bytes:
         raise PlanError(
-            f"{where}: {nbytes:,} B in one array, {tier.name!r} takes at most "
-            f"{tier.max_array_bytes:,} B; split {rest.array!r}"
+            f"{nbytes:,} B in one array, {tier.name!r} takes at most "
+            f"{tier.max_array_bytes:,} B; split {name!r}"
         )
     in_arena = is_weight and tier.name == (DEVICE if walk.machine.device_is_host else HOST)
-    if in_arena != (rest.offset is not None):
+    if in_arena != (offset is not None):
         raise PlanError(
-            f"{where}: offset is {rest.offset}, but {rest.array!r} in {tier.name!r} "
+            f"offset is {offset}, but {name!r} in {tier.name!r} "
             f"{'lies in the arena' if in_arena else 'is placed by its tier'}"
         )
-    place.held[rest.array] = _Rest(version, rest.offset)
-    if rest.offset is None:
+    place.held[name] = _Rest(version, offset)
+    if offset is None:
         place.loose_bytes += rounded(nbytes, tier.alignment_bytes)
     else:
-        _occupy(place, rest.array, rest.offset, rounded(nbytes, tier.alignment_bytes), where)
+        _occupy(place, name, offset, rounded(nbytes, tier.alignment_bytes))
 
 
-def _occupy(place: _Place, name: str, offset: int, nbytes: int, where: str) -> None:
+def _occupy(place: _Place, name: str, offset: int, nbytes: int) -> None:
     """A range of the arena is inside, aligned, and shared with nothing."""
     tier = place.tier
     if offset < 0 or offset + nbytes > tier.capacity_bytes:
         raise PlanError(
-            f"{where}: bytes {offset:,} to {offset + nbytes:,} are not within the "
+            f"bytes {offset:,} to {offset + nbytes:,} are not within the "
             f"{tier.capacity_bytes:,} B of {tier.name!r}"
         )
     if offset % tier.alignment_bytes:
-        raise PlanError(f"{where}: offset {offset} is no multiple of {tier.alignment_bytes} B")
+        raise PlanError(f"offset {offset} is no multiple of {tier.alignment_bytes} B")
     index = bisect.bisect(place.taken, (offset, 0, name))
     # What is taken never overlaps, so only the two neighbours can be in the way.
     for first, end, other in place.taken[max(0, index - 1) : index + 1]:
         if max(first, offset) < min(end, offset + nbytes):
             raise PlanError(
-                f"{where}: bytes {offset:,} to {offset + nbytes:,} of {tier.name!r} are taken: "
+                f"bytes {offset:,} to {offset + nbytes:,} of {tier.name!r} are taken: "
                 f"{other!r} lies at {first:,} to {end:,}; free it before"
             )
     if nbytes:
         place.taken.insert(index, (offset, offset + nbytes, name))
 
 
-def _account(place: _Place, where: str, workspace_bytes: int) -> None:
+def _account(place: _Place, workspace_bytes: int) -> None:
     """What is in use now is within the budget, and may be the most so far."""
     tier = place.tier
     used = place.arena_bytes + place.loose_bytes + workspace_bytes
     place.peak_bytes = max(place.peak_bytes, used)
     if used > tier.capacity_bytes:
         raise PlanError(
-            f"{where}: {tier.name!r} would hold {used:,} B of {tier.capacity_bytes:,} B: "
+            f"{tier.name!r} would hold {used:,} B of {tier.capacity_bytes:,} B: "
             f"arena {place.arena_bytes:,}, arrays outside it {place.loose_bytes:,}, "
             f"workspace {workspace_bytes:,}; plan for less or raise the capacity by "
             f"{used - tier.capacity_bytes:,} B"

@@ -100,6 +100,14 @@ def check_options(options: argparse.Namespace) -> None:
             "--learn needs a run, and --dry-run makes none; drop one of them",
         ),
         (
+            options.prompt_cache is not None and options.dry_run,
+            "--prompt-cache needs a run, and --dry-run makes none; drop one of them",
+        ),
+        (
+            options.prompt_cache_space is not None and options.prompt_cache is None,
+            "--prompt-cache-space limits a prompt cache; give --prompt-cache DIR",
+        ),
+        (
             not options.interactive and options.prompt is None and options.prompt_file is None,
             "nothing is asked; give --prompt TEXT, --prompt-file FILE or --interactive",
         ),

@@ -80,7 +80,7 @@ def _widened(array: Float[Array, "..."]) -> Float[Array, "..."]:
 
     896 patches: 58 ms -> 34 ms on two cores with AVX2.
     """
-    return array.astype(jnp.float32) if kernels.instruction_set() == "avx2" else array
+    return array.astype(jnp.float32) if kernels.widen() else array
 
 
 @jax.custom_jvp

@@ -1,8 +1,8 @@
 """The KV cache: static shapes, updated in place by donation. `long_cache` has its second form.
 
-A layer's keys and values are [BK, S, D], one row of slots for every key head of every sequence: one
+A layer's keys and values are [BK, S, W], one row of slots for every key head of every sequence: one
 query then reads them at 12 GB/s on a CPU, against 1 to 2 GB/s and a copy of the cache for [B, S, K,
-D]. With the axes B and K apart, XLA:CPU copies a float32 cache four times per step (2048 slots: 4.2
+W]. With the axes B and K apart, XLA:CPU copies a float32 cache four times per step (2048 slots: 4.2
 ms a layer against 1.5 ms).
 """
 
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from qwen3vl_jax.arrays import Leaf
 from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.cache_rows import Blocks, Rows, as_rows, row_width
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import UsageError
 
@@ -28,16 +28,19 @@ SMALLEST_CAPACITY = 64
 class LayerCache:
     """Keys (after rotation) and values of one layer."""
 
-    keys: Float[Leaf, "BK S D"]
-    values: Float[Leaf, "BK S D"]
+    keys: Rows
+    values: Rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CacheForm:
-    """Of what form a cache shall be made: in blocks of `block_slots`, if that is not None."""
+    """Of what form a cache shall be made: of rows of `dtype`, and in blocks of `block_slots`, if
+    that is not None.
+    """
 
     batch: int
     capacity: int
+    dtype: np.dtype
     block_slots: int | None = None
 
 
@@ -52,7 +55,7 @@ class KVCache:
     one.
     """
 
-    layers: tuple[LayerCache, ...] | tuple[Float[Leaf, "2 BK L D"], ...]
+    layers: tuple[LayerCache, ...] | tuple[Blocks, ...]
     valid: Bool[Array, "B S"]
     length: int
     next_position: Int[np.ndarray, " B"]
@@ -103,11 +106,11 @@ class KVCache:
 
 
 def new_cache(config: TextConfig, *, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache of at least `capacity` slots, rounded up to a bucket."""
+    """An empty cache of at least `capacity` slots, rounded up to a bucket, with rows of `dtype`."""
     if batch < 1 or capacity < 1:
         raise UsageError(f"cache: batch {batch} and capacity {capacity} must be positive")
     slots = bucket(capacity, SMALLEST_CAPACITY)
-    shape = (batch * config.num_key_value_heads, slots, config.head_dim)
+    shape = (batch * config.num_key_value_heads, slots, row_width(config.head_dim, dtype))
     layers = tuple(
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         for _ in range(config.num_hidden_layers)
@@ -141,6 +144,6 @@ def write(
     zero = jnp.int32(0)
     at = (zero, start, zero)
     return LayerCache(
-        jax.lax.dynamic_update_slice(cache.keys, keys, at),
-        jax.lax.dynamic_update_slice(cache.values, values, at),
+        jax.lax.dynamic_update_slice(cache.keys, as_rows(keys, cache.keys.dtype), at),
+        jax.lax.dynamic_update_slice(cache.values, as_rows(values, cache.values.dtype), at),
     )

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import DTypeLike
 
 from qwen3vl_jax import text
 from qwen3vl_jax.cache import CacheForm, KVCache, grown, new_cache
@@ -14,9 +13,13 @@ from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.long_cache import blocks_for, in_blocks, new_long_cache
 
 
-def empty_cache(config: TextConfig, form: CacheForm, dtype: DTypeLike) -> KVCache:
+def empty_cache(config: TextConfig, form: CacheForm) -> KVCache:
     """A cache without tokens."""
-    settings: dict[str, Any] = {"batch": form.batch, "capacity": form.capacity, "dtype": dtype}
+    settings: dict[str, Any] = {
+        "batch": form.batch,
+        "capacity": form.capacity,
+        "dtype": form.dtype,
+    }
     if form.block_slots is None:
         return new_cache(config, **settings)
     return new_long_cache(config, slots=form.block_slots, **settings)

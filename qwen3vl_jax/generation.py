@@ -88,8 +88,10 @@ class Session:
         Returns:
             Seconds that the vision tower took.
         """
+        large = self.intact and self._cache.capacity >= capacity
+        recall = self._model.recall(inputs, self._cache if large else None)
         started = time.perf_counter()
-        features = self._model.encode(inputs)
+        features = self._model.encode(inputs, recall=recall)
         jax.block_until_ready(features)
         vision_s = time.perf_counter() - started
         ids = np.asarray(inputs["input_ids"])
@@ -100,7 +102,9 @@ class Session:
         cache = self._take_cache()
         if cache.capacity < capacity:
             cache = self._model.grown(cache, capacity)
-        self._logits, self._cache = self._model.prefill(inputs, cache, features=features)
+        self._logits, self._cache = self._model.prefill(
+            inputs, cache, features=features, recall=recall
+        )
         self.unfed = None
         return vision_s
 

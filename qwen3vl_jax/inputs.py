@@ -1,5 +1,6 @@
 """From the arrays that a processor returns to what the steps read. NumPy, on the host."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.cache import KVCache
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.frames import Piece, check_grids, pieces
@@ -96,6 +98,36 @@ def cut(chunk: Chunk, first: int, last: int, tokens: int) -> Chunk:
         positions=np.pad(chunk.positions[:, :, here], ((0, 0), *more)),
         feature_rows=np.pad(chunk.feature_rows[:, here], more, constant_values=NO_FEATURE),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens `first` to `end` of a prompt, which pass through the layers padded to `tokens`."""
+
+    first: int
+    end: int
+    tokens: int
+
+    def ends(self, chunk: Chunk) -> Bool[np.ndarray, " batch"]:
+        """Which rows have their last real token here."""
+        last = last_real(chunk)
+        return (last >= self.first) & (last < self.end)
+
+
+def parts(count: int, cache: KVCache, chunk_tokens: int) -> Iterator[Part]:
+    """How a prompt of `count` tokens is cut, on top of what the cache has.
+
+    No part crosses the border of a block; all are padded to a bucket where there is room for that.
+    """
+    first = 0
+    while first < count:
+        length = cache.length + first
+        room, slots = cache.capacity - length, cache.block_slots
+        room = room if slots is None else min(room, slots - length % slots)
+        tokens = min(chunk_tokens, room, count - first)
+        fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
+        yield Part(first, first + tokens, min(fitting, room))
+        first += tokens
 
 
 def last_real(tokens: Chunk) -> Int[np.ndarray, " batch"]:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.cache import LayerCache, write
+from qwen3vl_jax.cache_attention import cached_attention
 from qwen3vl_jax.layers import Linear, RMSNorm, cut
 from qwen3vl_jax.moe import Expert, Routing, SparseMLP, add_experts, route
 from qwen3vl_jax.text import (
@@ -172,7 +173,7 @@ def attend_cached(
     queries, keys, values = self_attn.project(norm(x), cos, sin)
     cache = write(cache, keys, values, start)
     last_key = start + jnp.arange(x.shape[1], dtype=jnp.int32)
-    mixed = attention(queries, cache.keys, cache.values, last_key, valid)
+    mixed = cached_attention(queries, cache, last_key, valid)
     return x + self_attn.combine(mixed), cache
 
 

@@ -17,10 +17,8 @@ from qwen3vl_jax.encoded import Encoded
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
-KERNEL_ROWS = {  # at most, for the kernel to win
-    "avx512": {"bfloat16": 8, "float16": 32, "float32": 16},
-    "avx2": {"bfloat16": 32, "float16": 32, "float32": 16},
-}
+KERNEL_ROWS = {"bfloat16": 32, "float16": 32, "float32": 16}  # at most, for the kernel to win
+BFLOAT16_ROWS = 8  # the same where the processor multiplies bfloat16
 NEED_KERNELS = ("kernel", "many_rows")  # of FORMULATIONS
 BLOCK_OUTPUTS = 256  # rows of a float16 weight that are widened at a time: 2 MB of 2048 each
 
@@ -50,29 +48,34 @@ def linear(
     return product.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def formulation(rows: int, dtype: DTypeLike, *, instruction_set: str | None) -> str:
-    """The name of the fastest of `FORMULATIONS` on a CPU, with the kernels' instruction set.
+def formulation(rows: int, dtype: DTypeLike, *, kernel: bool, widen: bool) -> str:
+    """The name of the fastest of `FORMULATIONS` on a CPU.
 
-    Made by scripts/bench_formulations.py on two cores (DECISIONS.md has the figures):
+    Made by scripts/bench_formulations.py on two cores with AVX-512 and instructions for bfloat16,
+    and on two with AVX2 (DECISIONS.md has the figures):
 
-    | rows              | 1        | 2 to 8   | 9 to 16  | 17 to 32 | more     |
-    |-------------------|----------|----------|----------|----------|----------|
-    | bfloat16, AVX-512 | kernel   | kernel   | contract | contract | contract |
-    | bfloat16, AVX2    | kernel   | kernel   | kernel   | kernel   | many     |
-    | float16           | kernel   | kernel   | kernel   | kernel   | many     |
-    | float32           | kernel   | kernel   | kernel   | contract | contract |
+    | rows                       | 1 to 8 | 9 to 16  | 17 to 32 | more     |
+    |----------------------------|--------|----------|----------|----------|
+    | bfloat16                   | kernel | kernel   | kernel   | many     |
+    | bfloat16, `widen` is false | kernel | contract | contract | contract |
+    | float16                    | kernel | kernel   | kernel   | many     |
+    | float32                    | kernel | kernel   | contract | contract |
 
-    Without kernels: bfloat16 two_rows for one row, float16 blocks, everything else contract.
+    Without a kernel: bfloat16 two_rows for one row, float16 blocks, everything else contract.
+
+    Args:
+        kernel: is there one?
+        widen: are products of bfloat16 faster in float32?
     """
     name = jnp.dtype(dtype).name
-    if instruction_set is None:
+    if not kernel:
         if name == "bfloat16" and rows == 1:
             return "two_rows"
         return "blocks" if name == "float16" else "contract"
-    if rows <= KERNEL_ROWS[instruction_set].get(name, 0):
+    native = name == "bfloat16" and not widen
+    if rows <= (BFLOAT16_ROWS if native else KERNEL_ROWS.get(name, 0)):
         return "kernel"
-    widened = name == "float16" or (name == "bfloat16" and instruction_set == "avx2")
-    return "many_rows" if widened else "contract"
+    return "contract" if native or name == "float32" else "many_rows"
 
 
 def contract(
@@ -120,7 +123,8 @@ def _product(
 ) -> Float[Array, "rows out"]:
     if isinstance(weight, Encoded):
         return weight.product(rows)
-    chosen = formulation(rows.shape[0], rows.dtype, instruction_set=kernels.instruction_set())
+    here = {"kernel": kernels.usable(), "widen": kernels.widen()}
+    chosen = formulation(rows.shape[0], rows.dtype, **here)
     return contract(rows, weight) if chosen == "contract" else _for_cpu(rows, weight, chosen)
 
 

@@ -4,7 +4,8 @@ Of each query three things are kept while blocks pass: the largest score so far,
 exp(score - largest), and the values weighted with the same. Two such `Partial`s over different keys
 make one over both.
 
-Letters are those of `attention`; Q are the queries of one key head: G x T.
+Letters are those of `attention` and `cache_rows`; L are the slots of a block, Q the queries of one
+key head: G x T.
 
 Source: T. Dao et al., "FlashAttention", 2022, section 3.1; M. Milakov, N. Gimelshein, "Online
 normalizer calculation for softmax", 2018.
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qwen3vl_jax.arrays import Leaf
 from qwen3vl_jax.attention import query_block
+from qwen3vl_jax.cache_rows import Blocks, factors
 
 
 @functools.partial(
@@ -37,14 +39,15 @@ class Partial:
 
 def attend_block(
     queries: Float[Array, "B N T D"],
-    block: Float[Array, "2 BK S D"],
-    valid: Bool[Array, "B S"],
+    block: Blocks,
+    valid: Bool[Array, "B L"],
     last_key: Int[Array, " T"],
 ) -> Partial:
     """Attention over one block; query t of row b sees slot s where `valid[b, s]` and
     `s <= last_key[t]`.
     """
-    rows, slots, size = block.shape[1:]
+    rows, slots = block.shape[1:3]
+    size = queries.shape[-1]
     grouped = queries.reshape(rows, -1, size)
     count = grouped.shape[1]
     last = jnp.tile(last_key, count // last_key.shape[0])
@@ -80,22 +83,28 @@ def heads(partial: Partial, queries: Float[Array, "B N T D"]) -> Float[Array, "B
 
 def _attend(
     grouped: Float[Array, "BK Q D"],
-    block: Float[Array, "2 BK S D"],
-    seen: Bool[Array, "BK S"],
+    block: Blocks,
+    seen: Bool[Array, "BK L"],
     last: Int[Array, " Q"],
 ) -> tuple[Array, Array, Array]:
     """The parts of a `Partial`."""
-    keys, values = block[0], block[1]
+    keys, key_scales = factors(block[0], grouped.dtype)
+    values, value_scales = factors(block[1], grouped.dtype)
     scores = jnp.einsum("rqd,rsd->rqs", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * jnp.float32(grouped.shape[-1] ** -0.5)
+    if key_scales is not None:
+        scores = scores * key_scales[:, None]
     causal = jnp.arange(keys.shape[1], dtype=jnp.int32)[None] <= last[:, None]
     scores = jnp.where(seen[:, None] & causal[None], scores, jnp.finfo(jnp.float32).min)
     top = scores.max(axis=-1)
     weights = jnp.exp(scores - top[:, :, None])
+    total = weights.sum(axis=-1)
+    if value_scales is not None:
+        weights = weights * value_scales[:, None]
     mixed = jnp.einsum(
         "rqs,rsd->rqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
     )
-    return top, weights.sum(axis=-1), mixed
+    return top, total, mixed
 
 
 def _joined(parts: Array) -> Array:

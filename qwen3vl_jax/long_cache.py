@@ -1,6 +1,6 @@
 """The second form of the KV cache, for contexts that outgrow the memory: in blocks.
 
-A layer's keys and values lie in blocks of equally many slots, [2, BK, S, D] each. Only the current
+A layer's keys and values lie in blocks of equally many slots, [2, BK, L, W] each. Only the current
 block is written. A full one never changes again and every pass reads it once, as it does a weight:
 so it can rest and move like one, and a cache grows without a copy.
 """
@@ -17,6 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.cache import KVCache, LayerCache
+from qwen3vl_jax.cache_rows import Blocks, as_rows, row_width
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import UsageError
 
@@ -25,18 +26,18 @@ BLOCK_BYTES = 4 << 20
 SMALLEST_BLOCK = 512  # slots: as many as tokens pass through the layers at once
 
 # `seal(name, block)`: what stands for a full block from now on, and an array to write the next to.
-Seal = Callable[[str, Float[Array, "2 BK L D"]], tuple[Any, Float[Array, "2 BK L D"]]]
+Seal = Callable[[str, Blocks], tuple[Any, Blocks]]
 
 
 def block_shape(
     config: TextConfig, batch: int, dtype: DTypeLike, slots: int | None = None
 ) -> tuple[int, int, int, int]:
-    """The shape of a block, by default of about `BLOCK_BYTES`."""
-    rows = batch * config.num_key_value_heads
-    slot_bytes = 2 * rows * config.head_dim * np.dtype(dtype).itemsize
+    """The shape of a block of rows of this dtype, by default of about `BLOCK_BYTES`."""
+    rows, width = batch * config.num_key_value_heads, row_width(config.head_dim, dtype)
+    slot_bytes = 2 * rows * width * np.dtype(dtype).itemsize
     fitting = max(BLOCK_BYTES // slot_bytes, 1)
     chosen = max(SMALLEST_BLOCK, 1 << (fitting.bit_length() - 1))
-    return 2, rows, chosen if slots is None else slots, config.head_dim
+    return 2, rows, chosen if slots is None else slots, width
 
 
 def blocks_for(capacity: int, slots: int) -> int:
@@ -97,9 +98,7 @@ def in_blocks(cache: KVCache, capacity: int, slots: int, seal: Seal) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def _cut_out(
-    layer: LayerCache, first: Int[AnyArray, ""], *, slots: int
-) -> Float[Array, "2 BK L D"]:
+def _cut_out(layer: LayerCache, first: Int[AnyArray, ""], *, slots: int) -> Blocks:
     """Slots from `first` on, zeros where there are none."""
     places = first + jnp.arange(slots, dtype=jnp.int32)
     parts = [
@@ -110,14 +109,13 @@ def _cut_out(
 
 
 def write_block(
-    block: Float[Array, "2 BK L D"],
+    block: Blocks,
     keys: Float[Array, "BK T D"],
     values: Float[Array, "BK T D"],
     start: Int[Array, ""],
-) -> Float[Array, "2 BK L D"]:
+) -> Blocks:
     """Puts T new tokens into the slots of the current block from that of token `start` on."""
     zero = jnp.int32(0)
     inside = start % jnp.int32(block.shape[2])
-    return jax.lax.dynamic_update_slice(
-        block, jnp.stack([keys, values]), (zero, zero, inside, zero)
-    )
+    rows = jnp.stack([as_rows(part, block.dtype) for part in (keys, values)])
+    return jax.lax.dynamic_update_slice(block, rows, (zero, zero, inside, zero))

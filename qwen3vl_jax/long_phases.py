@@ -3,7 +3,7 @@
 A step reads one full block, so no plan needs room for more of them at a time. Otherwise these are
 the phases of the same names in `phases`.
 
-Letters are those of `text`; L are the slots of a block.
+Letters are those of `text` and `cache_rows`; L are the slots of a block.
 """
 
 import functools
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qwen3vl_jax import text
 from qwen3vl_jax.arrays import AnyArray
+from qwen3vl_jax.cache_rows import Blocks
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, AnyLayer, Granularity, finish_layer
 from qwen3vl_jax.layers import RMSNorm
@@ -23,8 +24,8 @@ from qwen3vl_jax.long_cache import write_block
 from qwen3vl_jax.network import Features, through_layers
 from qwen3vl_jax.phases import Phase, phases
 
-Blocks = tuple[tuple[Float[Array, "2 BK L D"], ...], ...]
-Current = tuple[Float[Array, "2 BK L D"], ...]
+Full = tuple[tuple[Blocks, ...], ...]
+Current = tuple[Blocks, ...]
 REPLACED = ("prefill", "decode", "verify")
 
 
@@ -34,10 +35,10 @@ def attend_current(
     x: Float[Array, "B T H"],
     cos: Float[Array, "B T D"],
     sin: Float[Array, "B T D"],
-    current: Float[Array, "2 BK L D"],
+    current: Blocks,
     start: Int[Array, ""],
     valid: Bool[Array, "B slots"],
-) -> tuple[Float[Array, "B N T D"], Partial, Int[Array, ""], Float[Array, "2 BK L D"]]:
+) -> tuple[Float[Array, "B N T D"], Partial, Int[Array, ""], Blocks]:
     """Step: T new tokens go into the current block, and see it.
 
     Returns:
@@ -58,7 +59,7 @@ def attend_full(
     queries: Float[Array, "B N T D"],
     partial: Partial,
     first: Int[Array, ""],
-    block: Float[Array, "2 BK L D"],
+    block: Blocks,
     valid: Bool[Array, "B slots"],
 ) -> tuple[Partial, Int[Array, ""]]:
     """Step: the queries see one full block more, which ends before slot `first`.
@@ -85,7 +86,7 @@ def long_prefill_phase(
     positions: Int[AnyArray, "3 B T"],
     feature_rows: Int[AnyArray, "B T"],
     features: Features | None,
-    blocks: Blocks,
+    blocks: Full,
     cache: Current,
     valid: Bool[Array, "B S"],
     new_valid: Bool[AnyArray, "B T"],
@@ -121,7 +122,7 @@ def long_decode_phase(
     head: text.VocabularyMatrix,
     x: Float[Array, "B T H"],
     positions: Int[AnyArray, "3 B T"],
-    blocks: Blocks,
+    blocks: Full,
     cache: Current,
     valid: Bool[Array, "B S"],
     new_valid: Bool[AnyArray, "B T"],
@@ -169,7 +170,7 @@ def _extend(
     positions: Int[AnyArray, "3 B T"],
     feature_rows: Int[AnyArray, "B T"] | None,
     features: Features | None,
-    blocks: Blocks,
+    blocks: Full,
     cache: Current,
     valid: Bool[Array, "B S"],
     start: Int[AnyArray, ""],
@@ -193,7 +194,7 @@ def _extend(
 
 
 def _valid_in(
-    valid: Bool[Array, "B slots"], first: Int[Array, ""], block: Float[Array, "2 BK L D"]
+    valid: Bool[Array, "B slots"], first: Int[Array, ""], block: Blocks
 ) -> Bool[Array, "B L"]:
     """Which slots of a block hold real tokens."""
     size = valid.shape[0], block.shape[2]

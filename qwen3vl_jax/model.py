@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -23,27 +22,20 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.encoded import Encoded
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import GenerationSettings, load_settings
-from qwen3vl_jax.inputs import (
-    SMALLEST_TOKENS,
-    cut,
-    feature_count,
-    last_real,
-    picture_pieces,
-    prepare,
-)
+from qwen3vl_jax.inputs import SMALLEST_TOKENS, cut, prepare
 from qwen3vl_jax.long_cache import with_room
 from qwen3vl_jax.long_phases import long_phases
 from qwen3vl_jax.network import (
-    Chunk,
     Features,
     Qwen3VLNetwork,
     abstract_network,
-    empty_features,
     named_arrays,
     network_from_arrays,
 )
-from qwen3vl_jax.parameters import draw_all, named_dtype, read_all, source_of
+from qwen3vl_jax.parameters import Source, draw_all, kv_of, named_dtype, read_all, source_of
 from qwen3vl_jax.phases import Direct, Runner, phases
+from qwen3vl_jax.prefill import encode, prefill
+from qwen3vl_jax.prompt_cache import PromptCache, Recall
 from qwen3vl_jax.weights import block_rows, table
 
 
@@ -67,6 +59,7 @@ class Qwen3VL:
         self._runner = Direct(network) if runner is None else runner
         self._phases = phases(config)
         self._long_phases = long_phases(config)
+        self.prompt_cache: PromptCache | None = None
 
     @classmethod
     def from_pretrained(
@@ -84,6 +77,9 @@ class Qwen3VL:
         max_context: int | None = None,
         codec: str | None = None,
         plan_seconds: float | None = None,
+        prompt_cache: str | Path | None = None,
+        prompt_cache_space: int | str | None = None,
+        kv: str | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
 
@@ -100,31 +96,50 @@ class Qwen3VL:
             nvme_dir: where arrays are moved out to, if a plan has to.
             nvme_space: how much of it; reserved at once.
             level: how far values may be changed to save memory: "minimal" changes no bit,
-                "balanced" and "aggressive" encode raw weights by their budgets of error.
+                "balanced" and "aggressive" encode raw weights by their budgets of error. With
+                limits that is done once, into a store in `nvme_dir`; it counts as `nvme_space`.
             machine: a file that describes the machine, in place of measuring this one.
             max_context: tokens for which every cache shall have room; more are refused.
             codec: encodes layers and head while they are read, as scripts/convert.py --codec.
             plan_seconds: plans are tried for about so long; by default 1.
+            prompt_cache: a directory where generation keeps what it computes of prompts, and looks
+                for it; answers stay the same.
+            prompt_cache_space: how much of that; by default 4 GB.
+            kv: how caches are stored: "raw", or "int8" in half the bytes; None: as the level says.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
             StorageError: it cannot be read.
             UsageError: budgets that make no sense, or weights that cannot be read in place.
         """
-        from qwen3vl_jax.planned.loading import Budgets, check_level, fits, load
+        from qwen3vl_jax.planned.loading import Budgets, load
+        from qwen3vl_jax.planned.recalling import keep_prompts
 
         memory = (device_memory, host_memory, nvme_dir, nvme_space)
-        budgets = Budgets(*memory, level, machine, max_context, plan_seconds)
-        if budgets.asked:
-            check_level(budgets)
-        source = source_of(path, dtype, codec, level)
+        budgets = Budgets(*memory, level, machine, max_context, plan_seconds, kv)
+        model = None
+        if not budgets.asked:
+            source = source_of(path, dtype, codec, level)
+            model = cls._of_memory(source, load_settings(path), vocab_blocks, kv_of(kv, level))
+        model = model or load(path, dtype=dtype, budgets=budgets, codec=codec)
+        if prompt_cache is not None:
+            keep_prompts(model, path, prompt_cache, prompt_cache_space, encoded_by=(codec, level))
+        return model
+
+    @classmethod
+    def _of_memory(
+        cls, source: Source, settings: GenerationSettings, vocab_blocks: int, kv: str
+    ) -> "Qwen3VL | None":
+        """A model with all weights in memory; None if they do not fit what is free."""
+        from qwen3vl_jax.planned.loading import fits
+
         rows = block_rows(source.config.text.vocab_size, vocab_blocks)
         entries = table(source.config, vocab_rows=rows)
-        if budgets.asked or not fits(resting_bytes(entries, source.encodings, source.dtype)):
-            return load(path, dtype=dtype, budgets=budgets, codec=codec)
+        if not fits(resting_bytes(entries, source.encodings, source.dtype)):
+            return None
         empty = abstract_network(source.config, dtype=source.dtype, vocab_rows=rows)
         network = network_from_arrays(empty, read_all(source, entries))
-        return cls(source.config, network, load_settings(path))
+        return cls(source.config, network, settings, runner=Direct(network, kv=kv))
 
     @classmethod
     def random(
@@ -157,7 +172,7 @@ class Qwen3VL:
                 "all weights of this model are in memory, and no plan moves them; "
                 "give from_pretrained a budget, such as device_memory"
             )
-        return PlanReport(self._runner)
+        return PlanReport(self._runner, prompt_cache=self.prompt_cache)
 
     @property
     def parameters(self) -> dict[str, Array | Encoded]:
@@ -185,7 +200,7 @@ class Qwen3VL:
         features = self.encode(inputs)
         x = self._runner.embed(tokens.input_ids)
         positions, rows, valid = tokens.positions, tokens.feature_rows, tokens.valid
-        return self._run("forward", x, positions, rows, features, valid)[:, :count]
+        return self.run_phase("forward", x, positions, rows, features, valid)[:, :count]
 
     def new_cache(self, *, batch: int, capacity: int, block_slots: int | None = None) -> KVCache:
         """An empty KV cache for `batch` rows of at least `capacity` tokens.
@@ -197,21 +212,34 @@ class Qwen3VL:
         form = self._runner.expect(batch, capacity)
         if block_slots is not None:
             form = dataclasses.replace(form, block_slots=block_slots)
-        return empty_cache(self.config.text, form, self.dtype)
+        return empty_cache(self.config.text, form)
 
-    def encode(self, inputs: Mapping[str, Any]) -> Features | None:
+    def recall(self, inputs: Mapping[str, Any], cache: KVCache | None) -> Recall | None:
+        """What the prompt cache has for these inputs; None without one.
+
+        Args:
+            cache: what they shall go into; None, or one that is not empty, if they follow others.
+
+        Raises:
+            UsageError: arrays that do not belong together.
+        """
+        if self.prompt_cache is None:
+            return None
+        if cache is None or cache.length > 0:
+            self.prompt_cache.latest = None
+            return None
+        return self.prompt_cache.recall(self.config, inputs, cache, self._runner.chunk_tokens)
+
+    def encode(self, inputs: Mapping[str, Any], *, recall: Recall | None = None) -> Features | None:
         """Runs all pictures and videos of `inputs` through the vision tower; None without any.
+
+        Args:
+            recall: leaves out what need not be computed because the prompt cache has it.
 
         Raises:
             UsageError: pixels and grids that do not belong together.
         """
-        count = feature_count(self.config, inputs)
-        if count == 0:
-            return None
-        features = empty_features(count, self.config, self.dtype)
-        for piece in picture_pieces(self.config, inputs):
-            features = self._run("vision", features, piece)
-        return self._runner.settle(features)
+        return encode(self, inputs, recall)
 
     def prefill(
         self,
@@ -220,6 +248,7 @@ class Qwen3VL:
         *,
         features: Features | None = None,
         chunk_tokens: int | None = None,
+        recall: Recall | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Takes in new tokens; returns the scores after each row's last real one, and the next
         cache.
@@ -231,23 +260,14 @@ class Qwen3VL:
             features: what `encode` returned for these inputs; computed here when None.
             chunk_tokens: how many tokens pass through the layers at once; None lets the runner
                 choose.
+            recall: what `recall` returned for these inputs and this cache; with the features that
+                `encode` made for it.
 
         Raises:
             UsageError: the cache has no room, or the arrays do not belong together.
         """
-        batch, following = prepare(self.config, inputs, start=cache.next_position, pictures=False)
-        count = batch.tokens.input_ids.shape[1]
-        check_room(len(batch.tokens.input_ids), count, cache)
-        features = self.encode(inputs) if features is None else features
-        kept = jnp.zeros((cache.batch, 1, self.config.text.hidden_size), self.dtype)
         size = self._runner.chunk_tokens if chunk_tokens is None else chunk_tokens
-        first = 0
-        while first < count:
-            end = min(first + size, first + cache.room, count)
-            kept, cache = self._extend(batch.tokens, first, end, features, cache, kept)
-            first = end
-        scores = text.scores_at(self._run("scores", kept), np.int32(0))
-        return scores, dataclasses.replace(cache, next_position=following)
+        return prefill(self, inputs, cache, features, size, recall)
 
     def decode(
         self, token_ids: Int[np.ndarray, " B"], cache: KVCache
@@ -340,40 +360,10 @@ class Qwen3VL:
         settings = self.settings.override(**given)
         return generate(self, inputs, settings, streamer=streamer, tokenizer=tokenizer)
 
-    def _run(self, phase: str, *arrays: Any, blocks: bool = False) -> Any:
+    def run_phase(self, phase: str, *arrays: Any, blocks: bool = False) -> Any:
+        """Carries out a phase; with `blocks`, that for a cache in blocks."""
         known = self._long_phases if blocks else self._phases
         return self._runner.run(known[phase], *arrays)
-
-    def _extend(
-        self,
-        chunk: Chunk,
-        first: int,
-        end: int,
-        features: Features | None,
-        cache: KVCache,
-        kept: Float[Array, "B 1 H"],
-    ) -> tuple[Float[Array, "B 1 H"], KVCache]:
-        """Runs tokens `first` to `end`, padded to a bucket where the cache has room for that."""
-        tokens, last = end - first, last_real(chunk)
-        cache = with_room(cache, self._runner.seal)
-        fitting = bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1
-        new = cut(chunk, first, end, min(fitting, cache.room))
-        here = (last >= first) & (last < end)
-        kept, layers, valid = self._run(
-            "prefill",
-            self._runner.embed(new.input_ids),
-            new.positions,
-            new.feature_rows,
-            features,
-            *cache.parts,
-            new.valid,
-            np.array(cache.length, np.int32),
-            kept,
-            np.where(here, last - first, 0).astype(np.int32),
-            here,
-            blocks=cache.full is not None,
-        )
-        return kept, cache.after(tokens, layers, valid)
 
     def _decode(
         self, phase: str, token_ids: Int[np.ndarray, "B T"], cache: KVCache
@@ -382,7 +372,7 @@ class Qwen3VL:
         check_room(batch, tokens, cache, one_pass=True)
         cache = with_room(cache, self._runner.seal)
         columns = cache.next_position[:, None] + np.arange(tokens, dtype=np.int32)
-        scores, layers, valid = self._run(
+        scores, layers, valid = self.run_phase(
             phase,
             self._runner.embed(token_ids.astype(np.int32)),
             np.broadcast_to(columns, (3, batch, tokens)),

@@ -41,12 +41,19 @@ class Qwen3VLNetwork(nnx.Module):
         return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
 
 
+class OneKey(nnx.Rngs):
+    """Always the same key, where shapes are wanted: in a trace, counting takes quadratic time."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 def abstract_network(
     config: Config, *, dtype: DTypeLike, vocab_rows: int | None = None
 ) -> Qwen3VLNetwork:
     """Shapes and dtypes of all weights, with no memory behind them."""
     return nnx.eval_shape(
-        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=nnx.Rngs(0), vocab_rows=vocab_rows)
+        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=OneKey(), vocab_rows=vocab_rows)
     )
 
 

@@ -83,6 +83,17 @@ def source_of(
     return Source(Path(path), stored, as_encoded(config, found), chosen, found)
 
 
+def kv_of(kv: str | None, level: str) -> str:
+    """How a KV cache is stored: as is asked, or as the level says.
+
+    Raises:
+        UsageError: a level that does not exist.
+    """
+    from qwen3vl_jax.checkpoints.selection import level_of
+
+    return level_of(level).kv if kv is None else kv
+
+
 def _chosen(path: Path, config: Config, dtype: np.dtype, level: str) -> Encodings:
     """What a level makes of raw weights. Reads every matrix."""
     from qwen3vl_jax.checkpoints.selection import NotesInMemory, Selection, level_of, select
@@ -103,7 +114,7 @@ def read_all(source: Source, entries: Sequence[Entry]) -> dict[str, Array | Enco
 def encoded_shape(encoding: Encoding) -> Encoded:
     """What an array rests in, as a shape."""
     shape, dtype = encoding.packed
-    return _as_weight(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), encoding)
+    return as_weight(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), encoding)
 
 
 def _read(source: Source, checkpoint: Checkpoint, entry: Entry) -> Array | Encoded:
@@ -113,12 +124,13 @@ def _read(source: Source, checkpoint: Checkpoint, entry: Entry) -> Array | Encod
         read = jax.device_put(checkpoint.read(entry))
         return read if read.dtype == source.dtype else read.astype(source.dtype)
     if checkpoint.encodings:
-        return _as_weight(jax.device_put(checkpoint.read_packed(entry)), encoding)
+        return as_weight(jax.device_put(checkpoint.read_packed(entry)), encoding)
     raw = checkpoint.read(origin(entry, source.stored)).astype(source.dtype, copy=False)
-    return _as_weight(jax.device_put(packed(raw, entry.path, encoding)), encoding)
+    return as_weight(jax.device_put(packed(raw, entry.path, encoding)), encoding)
 
 
-def _as_weight(resting: Any, encoding: Encoding) -> Encoded:
+def as_weight(resting: Any, encoding: Encoding) -> Encoded:
+    """What has been packed, as a weight."""
     outputs, inputs = encoding.shape
     return Encoded(resting, (outputs, inputs), format_of(encoding.format))
 

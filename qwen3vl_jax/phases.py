@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3vl_jax import text, vision
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.cache import CacheForm, LayerCache
+from qwen3vl_jax.cache_rows import Blocks, row_dtype
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity, extend_layer
@@ -238,9 +239,7 @@ class Runner(Protocol):
     def expect(self, batch: int, capacity: int) -> CacheForm:
         """Says that a KV cache of at least this size is about to be made; returns of what form."""
 
-    def seal(
-        self, name: str, block: Float[Array, "2 BK L D"]
-    ) -> tuple[Any, Float[Array, "2 BK L D"]]:
+    def seal(self, name: str, block: Blocks) -> tuple[Any, Blocks]:
         """Takes a full block: returns what phases shall get of it, and an array for the next."""
 
     def settle(self, features: Features) -> Features:
@@ -267,17 +266,17 @@ class Direct:
 
     chunk_tokens = PREFILL_CHUNK
 
-    def __init__(self, network: Qwen3VLNetwork) -> None:
+    def __init__(self, network: Qwen3VLNetwork, *, kv: str = "raw") -> None:
+        """`kv` is how caches are stored: raw or int8."""
         self._network = network
+        self._rows = row_dtype(kv, network.language_model.norm.weight.get_value().dtype)
         self._layers = text.flat_layers(network.language_model.layers)
 
     def expect(self, batch: int, capacity: int) -> CacheForm:
         """Nothing is reserved, and no cache is cut into blocks."""
-        return CacheForm(batch, capacity)
+        return CacheForm(batch, capacity, self._rows)
 
-    def seal(
-        self, name: str, block: Float[Array, "2 BK L D"]
-    ) -> tuple[Any, Float[Array, "2 BK L D"]]:
+    def seal(self, name: str, block: Blocks) -> tuple[Any, Blocks]:
         """The block stays where it is."""
         return block, jnp.zeros_like(block)
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.cache import LayerCache, write
+from qwen3vl_jax.cache_attention import cached_attention
 from qwen3vl_jax.config import RopeConfig, TextConfig
 from qwen3vl_jax.encoded import Encoded
 from qwen3vl_jax.layers import Linear, RMSNorm, cut
@@ -237,7 +238,7 @@ def cached_layer(
     queries, keys, values = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
     cache = write(cache, keys, values, start)
     last_key = start + jnp.arange(x.shape[1], dtype=jnp.int32)
-    mixed = attention(queries, cache.keys, cache.values, last_key, valid)
+    mixed = cached_attention(queries, cache, last_key, valid)
     return layer.finish(x, mixed), cache
 
 

@@ -9,6 +9,7 @@ bound is that of the disk: bytes that its plan reads over what the disk could re
 
 python scripts/bench.py --size 2b --layers 4
 python scripts/bench.py --size 2b --against transformers
+python scripts/bench.py --size 2b --codec int8 --codec int4
 python scripts/bench.py --size 2b --capped 2GB --capped 1GB --scratch DIR
 """
 
@@ -20,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from qwen3vl_jax.errors import UsageError
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
     from qwen3vl_jax.benchmark.ours import Run
+    from qwen3vl_jax.benchmark.rounds import Round
     from qwen3vl_jax.benchmark.work import Workload
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -63,6 +66,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=_positive, default=16, help="decoded in each round")
     add("--repeats", type=_positive, default=3, help="rounds; the first of all is not counted")
     add("--against", choices=("transformers",), help="run it too, in turn, on the same weights")
+    add(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run the same model in turn with layers and head in int8, int4, ...; may be repeated",
+    )
+    add("--kv", choices=("int8",), help="run it in turn with such a KV cache, too")
     add("--scratch", type=Path, help="keep the weights here as a checkpoint, and time loading it")
     add("--seed", type=int, default=0)
     _add_capped(parser)
@@ -138,9 +149,11 @@ def bench(options: argparse.Namespace) -> int:
     loaded = _load(options, values, work)
     model = loaded.model
     arrays = inputs(work, seed=options.seed)
+    others = _variants(options, model)
     rounds = measure(
         lambda: run(model, arrays, work.new_tokens),
         _peer(values, model, arrays, work) if options.against else None,
+        {name: partial(run, other, arrays, work.new_tokens) for name, other in others.items()},
         read=reader(),
         multiply=multiplier(work.dtype),
         repeats=options.repeats,
@@ -149,10 +162,11 @@ def bench(options: argparse.Namespace) -> int:
     result = {
         **_settings(options, work, layers),
         **summary(rounds, costs(work)),
-        "weight_bytes": sum(array.nbytes for array in model.parameters.values()),
+        "weight_bytes": _weight_bytes(model),
         "made_s": loaded.made_s,
         "load_s": loaded.load_s,
         "peak_bytes": console.peak_process_bytes(),
+        "variants": _compared(rounds, model, others, arrays, options.seed),
     }
     print(_headline(result))
     print(table(result))
@@ -286,6 +300,46 @@ def _made(options: argparse.Namespace, work: "Workload") -> tuple["Qwen3VL", flo
     start = time.perf_counter()
     model = Qwen3VL.random(work.config, dtype=work.dtype, seed=options.seed)
     return model, time.perf_counter() - start
+
+
+def _variants(options: argparse.Namespace, model: "Qwen3VL") -> dict[str, "Qwen3VL"]:
+    """The model in other forms, by name."""
+    from qwen3vl_jax.benchmark.variants import with_cache, with_codec
+
+    found = {}
+    for codec in options.codec:
+        console.say(f"encoding as {codec}")
+        found[codec] = with_codec(model, codec)
+    return found | (
+        {} if options.kv is None else {f"kv {options.kv}": with_cache(model, options.kv)}
+    )
+
+
+def _compared(
+    rounds: Sequence["Round"],
+    model: "Qwen3VL",
+    others: Mapping[str, "Qwen3VL"],
+    arrays: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Speed and bytes of every variant, and how far its scores are from the model's."""
+    from qwen3vl_jax.benchmark.rounds import compared
+    from qwen3vl_jax.benchmark.variants import distance, trial_scores
+
+    if not others:
+        return {}
+    console.say("comparing scores")
+    raw = trial_scores(model, arrays, seed=seed)
+    return {
+        name: compared(rounds, name)
+        | dataclasses.asdict(distance(raw, trial_scores(other, arrays, seed=seed)))
+        | {"weight_bytes": _weight_bytes(other)}
+        for name, other in others.items()
+    }
+
+
+def _weight_bytes(model: "Qwen3VL") -> int:
+    return sum(array.nbytes for array in model.parameters.values())
 
 
 def _checkpoint(

@@ -6,6 +6,9 @@ formulations in turn. The tables in `qwen3vl_jax.linear.formulation` and
 
 python scripts/bench_formulations.py --rows 1 4 --dtype bfloat16
 python scripts/bench_formulations.py --rows 1 512 --dtype bfloat16 --codec int8 int4:32
+python scripts/bench_formulations.py --rows 1 512 --dtype bfloat16 --slots 4096
+
+With --slots it is attention over KV caches of so many slots, raw and int8, by tokens.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from qwen3vl_jax import console
 
 DTYPES = ("bfloat16", "float16", "float32")
 CODECS = ("int8", "int8:64", "int8:128", "int4:32", "int4:64", "int4:32:zero", "int4:64:zero")
+HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 128  # of attention: those of the 2B model
 LEAST_BYTES, MOST_WEIGHTS = 96 << 20, 64  # of one kind of weight: no cache holds them
 
 
@@ -38,6 +42,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 512])
     add("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     add("--codec", nargs="+", default=[], choices=CODECS, help="measure weights packed so instead")
+    add("--slots", type=int, help="measure attention over caches instead; --rows are its tokens")
     add("--repeats", type=int, default=8, help="runs over every weight (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -49,14 +54,18 @@ def report(options: argparse.Namespace) -> int:
     cases = []
     kinds = itertools.product(options.dtype, options.codec or [None], options.rows)
     for dtype, codec, rows in kinds:
-        if codec is None:
+        if options.slots:
+            case = measure_attention(dtype, rows, options)
+        elif codec is None:
             case = measure(dtype, rows, options)
         else:
             case = measure_encoded(dtype, codec, rows, options)
-        speeds = "  ".join(f"{name} {speed:6.2f}" for name, speed in case["GB_per_s"].items())
+        unit = "ms" if "milliseconds" in case else "GB/s"
+        found = case.get("milliseconds", case["GB_per_s"])
+        speeds = "  ".join(f"{name} {speed:6.2f}" for name, speed in found.items())
         head = f"{dtype:9s}{codec or '':13s}{rows:4d} rows  chosen: {case['chosen']:9s}"
-        print(f"{head} GB/s: {speeds}", flush=True)
-        if codec is not None:
+        print(f"{head} {unit}: {speeds}", flush=True)
+        if "against_raw" in case:
             print(f"{'':13s}numbers/s against {dtype}: {case['against_raw']:.2f}", flush=True)
         cases.append(case)
     shape = [options.out, options.inputs]
@@ -75,7 +84,7 @@ def measure(dtype: str, rows: int, options: argparse.Namespace) -> dict[str, Any
     return {
         "dtype": dtype,
         "rows": rows,
-        "chosen": formulation(rows, dtype, instruction_set=kernels.instruction_set()),
+        "chosen": formulation(rows, dtype, kernel=kernels.usable(), widen=kernels.widen()),
         "GB_per_s": {name: weights[0].nbytes / taken / 1e9 for name, taken in seconds.items()},
     }
 
@@ -114,6 +123,43 @@ def measure_encoded(
         "chosen": chosen,
         "against_raw": seconds["raw"] / seconds[chosen],
         "GB_per_s": {way: weights[0].nbytes / seconds[way] / 1e9 for way in ways},
+    }
+
+
+def measure_attention(dtype: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """GB/s of keys and values, raw and int8, that the last of these tokens see all of."""
+    import jax
+    import jax.numpy as jnp
+
+    from qwen3vl_jax.cache import LayerCache
+    from qwen3vl_jax.cache_attention import cached_attention
+    from qwen3vl_jax.cache_rows import as_rows, row_dtype
+
+    slots, chosen = options.slots, jnp.dtype(dtype)
+    shape = (KEY_HEADS, slots, HEAD_DIM)
+    count = 2 * _count(2 * math.prod(shape) * chosen.itemsize)
+    keys = jax.random.split(jax.random.key(0), count + 1)
+    numbers = [jax.random.normal(key, shape).astype(chosen) for key in keys[1:]]
+    queries = jax.random.normal(keys[0], (1, HEADS, tokens, HEAD_DIM)).astype(chosen)
+    last, valid = jnp.arange(slots - tokens, slots, dtype=jnp.int32), jnp.ones((1, slots), bool)
+
+    def attend(queries: jax.Array, rows: Sequence[jax.Array]) -> jax.Array:
+        return cached_attention(queries, LayerCache(*rows), last, valid)
+
+    cases = {}
+    for kv in ("raw", "int8"):
+        made = [as_rows(each, row_dtype(kv, chosen)) for each in numbers]
+        cases[kv] = attend, list(zip(made[::2], made[1::2], strict=True))
+    seconds = _seconds(cases, queries, options)
+    nbytes = {kv: 2 * caches[0][0].nbytes for kv, (_, caches) in cases.items()}
+    return {
+        "dtype": dtype,
+        "slots": slots,
+        "rows": tokens,
+        "chosen": "int8",
+        "milliseconds": {kv: 1e3 * taken for kv, taken in seconds.items()},
+        "against_raw": seconds["raw"] / seconds["int8"],
+        "GB_per_s": {kv: nbytes[kv] / seconds[kv] / 1e9 for kv in cases},
     }
 
 

@@ -72,6 +72,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_budget_options(parser)
     add("--interactive", action="store_true", help=f"chat: {COMMANDS}; Ctrl-C stops an answer")
     add("--max-context", type=int, metavar="N", help="room for so many tokens, and no more")
+    add("--prompt-cache", type=Path, metavar="DIR", help="keep what prompts take, and look there")
+    add("--prompt-cache-space", metavar="SIZE", help="how much of that directory; default: 4GB")
     add("--plan", type=Path, metavar="JSON", help="carry out what --save-plan has written")
     add("--learn", action="store_true", help="add what is measured to the machine's calibration")
     add("--adapt", action="store_true", help="give memory back while others need it")
@@ -230,11 +232,22 @@ def _opened(options: argparse.Namespace) -> "Qwen3VL":
     return Qwen3VL.from_pretrained(options.model, dtype=options.dtype, **budgets)
 
 
+def _remembering(options: argparse.Namespace) -> "Qwen3VL":
+    """A model with a prompt cache; a place that cannot be one shows before any weight is read."""
+    from qwen3vl_jax.planned.recalling import entries_in, keep_prompts
+
+    place = options.prompt_cache, options.prompt_cache_space
+    entries_in(*place)
+    model = _opened(options)
+    keep_prompts(model, options.model, *place, encoded_by=(None, options.level), warn=console.say)
+    return model
+
+
 def _load(options: argparse.Namespace) -> Loaded:
     if not options.quiet:
         console.say(f"loading {options.model}")
     started, read_before = time.perf_counter(), console.read_bytes()
-    model = _opened(options)
+    model = _remembering(options) if options.prompt_cache is not None else _opened(options)
     model.wait()
     read = console.read_bytes()
     return Loaded(
@@ -262,6 +275,8 @@ def _print_statistics(chat: "Chat", settings: "GenerationSettings", loaded: Load
         f"Peak memory: {console.peak_process_bytes() / 1e9:.2f} GB; "
         f"loaded in {loaded.seconds:.2f} s; {chat.cached_tokens} tokens in the cache"
     )
+    if loaded.model.prompt_cache is not None:
+        console.say(loaded.model.prompt_cache.text())
 
 
 def _report(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> dict[str, Any]:
@@ -270,7 +285,9 @@ def _report(chat: "Chat", settings: "GenerationSettings", loaded: Loaded) -> dic
     answer = chat.last
     assert answer is not None
     planned = run_figures(loaded.model)
+    kept = loaded.model.prompt_cache
     return planned | {
+        "prompt_cache": None if kept is None else kept.to_dict(),
         "text": answer.text,
         "tokens": answer.tokens,
         "prompt_tokens": answer.prompt_tokens,

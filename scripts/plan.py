@@ -3,6 +3,7 @@
 python scripts/plan.py configs/models/qwen3-vl-2b-instruct.json --device-memory 1.5GB
 python scripts/plan.py DIR --machine configs/machines/desktop-24gb.toml --images 448x448
 python scripts/plan.py DIR --machine configs/machines/i5-10210u-sm61-nvme.toml --aot
+python scripts/plan.py DIR --level balanced --device-memory 1.5GB
 python scripts/plan.py DIR --sweep device-memory=1GB..24GB --report sweep.html
 python scripts/plan.py --compare before.json after.json
 """
@@ -112,6 +113,11 @@ def _check(options: argparse.Namespace) -> None:
             "--save-plan",
         ),
         (
+            options.sweep is not None and options.level != "minimal",
+            "--sweep plans one form of a model at every point; convert it with scripts/convert.py "
+            "--codec auto, and sweep the store, or drop --level",
+        ),
+        (
             options.sweep is not None and options.save_plan is not None,
             "--save-plan writes one plan; drop --sweep",
         ),
@@ -176,6 +182,7 @@ def _compiler(machine: Path) -> "Compiler":
 
 
 def _request(options: argparse.Namespace) -> "Request":
+    from qwen3vl_jax.parameters import kv_of
     from qwen3vl_jax.planned.request import Request
 
     return Request(
@@ -184,6 +191,7 @@ def _request(options: argparse.Namespace) -> "Request":
         tuple(options.images),
         options.batch,
         options.max_context,
+        kv=kv_of(options.kv, options.level),
     )
 
 

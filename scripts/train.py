@@ -36,6 +36,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", metavar="DIR", type=Path, help="what to measure (default: examples)"
     )
+    parser.add_argument("--kv", choices=("raw", "int8"), help="how its KV caches are stored")
     parser.add_argument(
         "--export", action="store_true", help="write the weights of an unfinished run"
     )
@@ -45,8 +46,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("only the demonstration can be trained so far: add --demo")
     if arguments.evaluate and (arguments.export or arguments.out is not None):
         parser.error("--out and --export are for training; --evaluate takes --model DIR")
-    if not arguments.evaluate and (arguments.model, arguments.questions) != (None, None):
-        parser.error("--model and --questions are for --evaluate")
+    asked = arguments.model, arguments.questions, arguments.kv
+    if not arguments.evaluate and asked != (None, None, None):
+        parser.error("--model, --questions and --kv are for --evaluate")
     if arguments.questions is not None and arguments.questions < 1:
         parser.error(f"--questions must be at least 1, found {arguments.questions}")
     return arguments
@@ -57,7 +59,8 @@ def _work(arguments: argparse.Namespace) -> int:
         from qwen3vl_jax.demo.evaluation import evaluate, table
 
         model = arguments.model or _EXAMPLE
-        print(table(evaluate(model, count=arguments.questions or 100, report=console.say)))
+        count, kv = arguments.questions or 100, arguments.kv
+        print(table(evaluate(model, count=count, kv=kv, report=console.say)))
         return 0
     directory = arguments.out or Path("demo-run")
     if arguments.export:

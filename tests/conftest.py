@@ -1,19 +1,23 @@
 """Switches that hold for every test, and the tiny checkpoints that many tests share."""
 
+import fcntl
 import functools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import jax
 import pytest
 import tiny
+import type_checks
 
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
+
+type_checks.install("memsched", "qwen3vl_jax")
 
 # What somebody has calibrated on this machine is not what is tested.
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
@@ -28,6 +32,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples on every run; time limits belong to pytest-timeout.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+# Files that every process of pytest-xdist can lock: to wait for a turn, and while a test runs.
+DOOR, ROOM = (os.open(path, os.O_RDONLY) for path in (__file__, os.path.dirname(__file__)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that is marked `alone` runs while no other process runs any test."""
+    alone = item.get_closest_marker("alone") is not None
+    # Whoever waits keeps the door shut, or there would always be somebody in the room.
+    fcntl.flock(DOOR, fcntl.LOCK_EX)
+    fcntl.flock(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    fcntl.flock(DOOR, fcntl.LOCK_UN)
+    try:
+        return (yield)
+    finally:
+        fcntl.flock(ROOM, fcntl.LOCK_UN)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_the_first_block_is_two_commands_that_set_everything_up() -> None:
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
     assert " scripts/generate.py " in answer
     assert "'.[test]'" in test
-    assert test.endswith(".venv/bin/python -m pytest")
+    assert test.endswith(".venv/bin/python -m pytest -n 2 --dist worksteal")
 
 
 def test_ci_takes_its_commands_from_readme() -> None:

@@ -7,7 +7,7 @@ exactly alike, and where they are not the bound only gets lower.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from memsched.cost import CostModel
 from memsched.machine import DEVICE, HOST, NVME, Machine, rounded
@@ -52,11 +52,12 @@ class Window:
     """What the device holds while one of some like steps runs, weights aside.
 
     `touched_bytes`: what the step takes, makes and allocates. `idle_bytes`: caches and features
-    that it does not touch.
+    that it does not touch. `seconds` are those of all these steps together.
     """
 
     touched_bytes: int
     idle_bytes: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +102,9 @@ class _Reader:
             return 0.0
         return self.cost.seconds(Copy(name, start, end), self.program, self.machine)
 
+    def run_s(self, step: Step) -> float:
+        return self.cost.seconds(Run(step.name), self.program, self.machine)
+
     def weight(self, name: str) -> tuple[int, int, float, float]:
         staging_s = self.copy_s(name, NVME, HOST) if self.near == HOST else 0.0
         arrival_s = self.copy_s(name, self.source, DEVICE)
@@ -111,11 +115,24 @@ class _Reader:
         return self.bytes_in(DEVICE, name), out_s, self.copy_s(name, self.source, DEVICE)
 
 
-def read_masses(program: Program, machine: Machine, cost: CostModel) -> Masses:
-    """Sums a program up."""
+def weight_numbers(
+    program: Program, machine: Machine, cost: CostModel, names: Iterable[str]
+) -> dict[str, tuple[int, int, float, float]]:
+    """Of each weight what `WeightClass` has: bytes on the device and near it, seconds of copies."""
+    reader = _reader(program, machine, cost)
+    return {name: reader.weight(name) for name in names}
+
+
+def _reader(program: Program, machine: Machine, cost: CostModel) -> _Reader:
     near = DEVICE if machine.device_is_host else HOST
     source = NVME if machine.device_is_host else HOST
-    reader = _Reader(program, machine, cost, near, source)
+    return _Reader(program, machine, cost, near, source)
+
+
+def read_masses(program: Program, machine: Machine, cost: CostModel) -> Masses:
+    """Sums a program up."""
+    reader = _reader(program, machine, cost)
+    near, source = reader.near, reader.source
     is_weight = set(program.of_kind("weight"))
     read = dict.fromkeys(name for step in program.steps for name in step.reads if name in is_weight)
     weights = {name: reader.weight(name) for name in read}
@@ -126,13 +143,14 @@ def read_masses(program: Program, machine: Machine, cost: CostModel) -> Masses:
     between = (sum(reader.bytes_in(DEVICE, name) for name in names) for names in (given, left))
     staying = {name: reader.bytes_in(DEVICE, name) for name in stays}
     steps = _alike(program.steps, weights, lambda step: _window(reader, step, weights, staying))
+    windows = (dataclasses.replace(one, seconds=len(some) * one.seconds) for one, some in steps)
     return Masses(
-        weights=_classes(weights, [step for _, step in steps]),
+        weights=_classes(weights, [some for _, some in steps]),
         values=tuple(ValueClass(count, *key) for key, count in values.items()),
-        windows=tuple(window for window, _ in steps),
+        windows=tuple(windows),
         between_bytes=max(between),
         stays_bytes=sum(staying.values()),
-        compute_s=sum(cost.seconds(Run(step.name), program, machine) for step in program.steps),
+        compute_s=sum(map(reader.run_s, program.steps)),
         device_capacity_bytes=machine.tier(DEVICE).capacity_bytes,
         host_capacity_bytes=None if near == DEVICE else machine.tier(HOST).capacity_bytes,
         arrival_lane=f"{source}->{DEVICE}",
@@ -144,11 +162,11 @@ def read_masses(program: Program, machine: Machine, cost: CostModel) -> Masses:
 def _window(
     reader: _Reader, step: Step, weights: Mapping[str, object], staying: Mapping[str, int]
 ) -> Window:
-    """What a step holds beside weights. A feature that stays is idle for most steps."""
+    """What one step holds beside weights. A feature that stays is idle for most steps."""
     touched = {name for name in step.inputs + step.writes if name not in weights}
     nbytes = sum(reader.bytes_in(DEVICE, name) for name in touched) + step.workspace_bytes
     busy_bytes = sum(staying[name] for name in touched if name in staying)
-    return Window(nbytes, sum(staying.values()) - busy_bytes)
+    return Window(nbytes, sum(staying.values()) - busy_bytes, reader.run_s(step))
 
 
 def _alike(
@@ -156,7 +174,7 @@ def _alike(
     weights: Mapping[str, tuple[int, int, float, float]],
     window: Callable[[Step], Window],
 ) -> list[tuple[Window, list[Step]]]:
-    """Steps with the same window that read the same numbers of the same sizes."""
+    """Steps with the same window that read the same numbers of the same sizes; one's window."""
     groups: dict[object, tuple[Window, list[Step]]] = {}
     for step in steps:
         own = window(step)

@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from memsched.bound.linear import Problem
 from memsched.bound.masses import Masses, WeightClass
+from memsched.bound.problem import Problem
 from memsched.bound.whole import by_seconds, minimum, narrowed
 
 # Integers come out as such but for this.

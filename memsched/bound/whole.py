@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memsched.bound.linear import Problem, bounds_of, problem_of
 from memsched.bound.masses import Masses
+from memsched.bound.problem import Problem, bounds_of, problem_of
 
 # Weights smaller than this share of the largest may be streamed beside any sum.
 TINY = 0.01

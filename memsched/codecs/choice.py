@@ -146,7 +146,8 @@ def _square(sensitivity: float, error: float) -> float:
     return (sensitivity * error) ** 2
 
 
-def _saves(subject: Subject, candidate: Candidate, smallest_saving: float) -> bool:
+def saves(subject: Subject, candidate: Candidate, smallest_saving: float) -> bool:
+    """Whether a candidate saves this share of an array's bytes."""
     saved_bytes = subject.nbytes - candidate.nbytes
     return saved_bytes > 0 and saved_bytes >= smallest_saving * subject.nbytes
 
@@ -157,7 +158,7 @@ def _options(subject: Subject, smallest_saving: float) -> list[_Option]:
     points += [
         _Option(_square(subject.sensitivity, one.error), one.nbytes, one.codec, one.error)
         for one in subject.candidates
-        if _saves(subject, one, smallest_saving)
+        if saves(subject, one, smallest_saving)
     ]
     return sorted(points, key=lambda point: (point.square, point.nbytes, point.error))
 
@@ -239,7 +240,7 @@ def _chosen(subject: Subject, option: _Option, left: float, smallest_saving: flo
 
 
 def _reason(subject: Subject, option: _Option, left: float, smallest_saving: float) -> str:
-    usable = [one for one in subject.candidates if _saves(subject, one, smallest_saving)]
+    usable = [one for one in subject.candidates if saves(subject, one, smallest_saving)]
     smaller = [one for one in usable if one.nbytes < option.nbytes]
     refused = ""
     if smaller:

@@ -1,5 +1,7 @@
 """The actions of plans as tasks of numbers, for laying them out in time; each is read once."""
 
+from collections.abc import Iterable
+
 from memsched.cost.contention import READS_AT_ONCE, Contending
 from memsched.cost.roofline import CostModel
 from memsched.cost.sharing import COMPUTE_LANE, FREE, Task
@@ -25,14 +27,16 @@ class Reader:
         self._lanes = {COMPUTE: COMPUTE_LANE}
         self._tasks: dict[Action, Task] = {}
 
-    def task(self, action: Action) -> Task:
-        """An action as a task."""
-        known = self._tasks.get(action)
-        if known is None:
-            known = self._tasks[action] = self._read(action)
-        return known
+    def tasks(self, actions: Iterable[Action]) -> tuple[Task, ...]:
+        """Actions as tasks."""
+        known = self._tasks
+        return tuple(known.get(action) or self._read(action) for action in actions)
 
     def _read(self, action: Action) -> Task:
+        task = self._tasks[action] = self._task(action)
+        return task
+
+    def _task(self, action: Action) -> Task:
         match action:
             case Free(array=array, tier=tier):
                 return Task(FREE, 0.0, (self._place(array, tier),), ())

@@ -11,13 +11,13 @@ that is asked for before a large one arrives late.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 COMPUTE_LANE = 0
 FREE = -1
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """An action. Lanes and places are numbers: steps have `COMPUTE_LANE`, a Free has `FREE`.
 
     `takes` are the places that must be ready, `gives` those that become ready at its end.

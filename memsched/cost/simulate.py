@@ -51,22 +51,24 @@ def plan_seconds(plan: Plan, program: Program, machine: Machine, cost: CostModel
     A round ends with its last step. What it fetches for the next one may still be under way.
     """
     tasks = _read(plan, program, machine, cost)
-    runs = [index for index, action in enumerate(plan.actions) if isinstance(action, Run)]
-    if not runs or not is_steady(plan, program):
+    backwards = reversed(range(len(plan.actions)))
+    last = next((index for index in backwards if isinstance(plan.actions[index], Run)), None)
+    if last is None or not is_steady(plan, program):
         (times,) = _rounds(tasks, 1)
         return max((end for _, end in times), default=0.0)
     # What the round after fetches slows the last steps of a round down.
     more = 1 if _contending(tasks) else 0
-    ends = [times[runs[-1]][1] for times in _rounds(tasks, STEADY_ROUNDS + more)]
+    ends = [times[last][1] for times in _rounds(tasks, STEADY_ROUNDS + more)]
     return ends[STEADY_ROUNDS - 1] - ends[STEADY_ROUNDS - 2]
 
 
 def is_steady(plan: Plan, program: Program) -> bool:
     """Whether weights lie after the plan as they lay before it, so that it can follow itself."""
-    if plan.entry == plan.exit:
-        return True
-    moved = set(plan.entry) ^ set(plan.exit)
-    return all(program.arrays[one.array].kind != "weight" for one in moved)
+    before, after = (
+        [one for one in rests if program.arrays[one.array].kind == "weight"]
+        for rests in (plan.entry, plan.exit)
+    )
+    return before == after or set(before) == set(after)
 
 
 def _rounds(tasks: Sequence[Task], rounds: int) -> list[list[tuple[float, float]]]:
@@ -89,26 +91,29 @@ def _advance(clock: _Clock, tasks: Sequence[Task]) -> list[tuple[float, float]]:
     ready, used, lanes = clock.ready, clock.used, clock.lanes
     issue = clock.issue
     times = []
-    for task in tasks:
-        if task.lane == FREE:
-            place = task.takes[0]
-            issue = max(issue, used[place])
+    for lane, seconds, takes, gives, *_ in tasks:
+        if lane == FREE:
+            place = takes[0]
+            if used[place] > issue:
+                issue = used[place]
             ready[place] = used[place] = 0.0
             times.append((issue, issue))
             continue
-        start = max(issue, lanes[task.lane])
-        for place in task.takes:
+        start = lanes[lane]
+        if issue > start:
+            start = issue
+        for place in takes:
             if ready[place] > start:
                 start = ready[place]
-        for place in task.gives:
+        for place in gives:
             # What is written in place may still be read by a copy.
             if used[place] > start:
                 start = used[place]
-        end = lanes[task.lane] = start + task.seconds
-        for place in task.takes:
+        end = lanes[lane] = start + seconds
+        for place in takes:
             if used[place] < end:
                 used[place] = end
-        for place in task.gives:
+        for place in gives:
             ready[place] = used[place] = end
         times.append((start, end))
     clock.issue = issue
@@ -121,4 +126,4 @@ def _read(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> tu
         reader = cost.reader(program, machine)
     else:
         reader = Reader(program, machine, cost)
-    return tuple(map(reader.task, plan.actions))
+    return reader.tasks(plan.actions)

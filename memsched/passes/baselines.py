@@ -1,6 +1,8 @@
 """Plain ways to run a program in little memory, as plans and as seconds, to compare with."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from memsched.cost import CostModel, Remembered, Roofline
 from memsched.cost import plan_seconds as seconds_of
@@ -17,12 +19,17 @@ from memsched.plan import Plan
 from memsched.program import Program
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Baseline:
-    """Seconds of one round. `plan` is None for large programs, whose offsets are not worked out."""
+    """Seconds of one round, and how to make its plan."""
 
     seconds: float
-    plan: Plan | None
+    make: Callable[[], Plan] | None
+
+    @functools.cached_property
+    def plan(self) -> Plan | None:
+        """None for large programs, whose offsets are not worked out."""
+        return None if self.make is None else self.make()
 
 
 def baselines(
@@ -49,27 +56,30 @@ def baselines(
     needs = read_needs(grouped.programs[""], machine, coarse_cost)
     found = _baselines(needs, effort_of(plan_seconds))
     return {
-        name: Baseline(way.seconds, way.plan and grouped.expanded(way.plan, program))
-        for name, way in found.items()
+        name: Baseline(
+            seconds, None if plan is None else functools.partial(grouped.expanded, plan, program)
+        )
+        for name, (seconds, plan) in found.items()
     }
 
 
-def _baselines(needs: Needs, effort: Effort) -> dict[str, Baseline]:
+def _baselines(needs: Needs, effort: Effort) -> dict[str, tuple[float, Plan | None]]:
+    """Seconds and plans of ways to run grouped weights."""
     best = fastest(needs, repeat=True, effort=effort.share(0.0))
     if len(best.layout.device.pinned) == len(needs.weights):
-        return {"resident": Baseline(best.seconds, best.plan)}
+        return {"resident": (best.seconds, best.plan)}
     device_bytes = needs.device_capacity_bytes - best.values.device_bytes
     room = read_room(needs, device_bytes, host_room(needs, best.values), repeat=True)
-    found = {}
+    found: dict[str, tuple[float, Plan | None]] = {}
     tail = tail_spill(needs, best.values, room, effort)
     if tail is not None:
-        found["tail spill"] = Baseline(tail.seconds, tail.plan)
+        found["tail spill"] = tail.seconds, tail.plan
     for name in CACHES:
         found |= _cache(needs, best, name)
     return found
 
 
-def _cache(needs: Needs, best: Found, name: str) -> dict[str, Baseline]:
+def _cache(needs: Needs, best: Found, name: str) -> dict[str, tuple[float, Plan | None]]:
     """A cache, without and with prefetch. One plan serves both: its copies do not wait."""
     packed = len(needs.weights) <= MOST_WEIGHTS or not needs.machine.device_is_host
     made = _timed(needs, best, name, packed=packed)
@@ -84,7 +94,7 @@ def _cache(needs: Needs, best: Found, name: str) -> dict[str, Baseline]:
         needs.cost.seconds(action, needs.program, needs.machine) for action in plan.actions
     )
     kept = plan if packed else None
-    return {name: Baseline(one_by_one_s, kept), f"{name} + prefetch": Baseline(together_s, kept)}
+    return {name: (one_by_one_s, kept), f"{name} + prefetch": (together_s, kept)}
 
 
 def _timed(needs: Needs, best: Found, name: str, *, packed: bool) -> tuple[Plan, float] | None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 
+from memsched.collector import uncollected
 from memsched.cost import CostModel, Remembered, Roofline
 from memsched.errors import ProgramError
 from memsched.machine import Machine
@@ -56,6 +57,7 @@ def compile_plan(
     return grouped.expanded(plan, program)
 
 
+@uncollected()
 def compile_phases(
     programs: Mapping[str, Program],
     machine: Machine,

@@ -163,18 +163,22 @@ def _coarse(program: Program, members: Members, shares: Mapping[str, tuple[int, 
 
 
 class _GroupedCost:
-    """Seconds of a group are those of its members, one after another."""
+    """Seconds of a group are those of its members, one after another; added up once."""
 
     def __init__(self, cost: CostModel, members: Members, whole: Program) -> None:
         self._cost = cost
         self._members = members
         self._whole = whole
+        self._known: dict[Action, float] = {}
 
     def seconds(self, action: Action, program: Program, machine: Machine) -> float:
-        """Seconds of one action."""
-        if isinstance(action, Copy | Free) and action.array in self._members:
-            return sum(
-                self._cost.seconds(dataclasses.replace(action, array=name), self._whole, machine)
+        """Seconds of one action; of groups on one machine, as those of `Remembered`."""
+        if isinstance(action, Run) or action.array not in self._members:
+            return self._cost.seconds(action, program, machine)
+        known = self._known.get(action)
+        if known is None:
+            known = self._known[action] = sum(
+                self._cost.seconds(action._replace(array=name), self._whole, machine)
                 for name in self._members[action.array]
             )
-        return self._cost.seconds(action, program, machine)
+        return known

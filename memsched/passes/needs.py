@@ -1,16 +1,17 @@
 """What a program asks of a machine, read once: sizes in each tier, who reads what when, seconds."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from memsched.cost import CostModel
 from memsched.errors import ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Machine, rounded
-from memsched.plan import Action, Copy, Run
+from memsched.plan import Action, Copy, Residence, Run
 from memsched.program import Program
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Needs:
     """A program on a machine.
 
@@ -42,6 +43,26 @@ class Needs:
     def source(self) -> str:
         """The tier from which weights come to the device."""
         return NVME if self.machine.device_is_host else HOST
+
+    @functools.cached_property
+    def home(self) -> tuple[Residence, ...]:
+        """All weights in their files."""
+        return tuple(Residence(name, NVME) for name in self.all_weights)
+
+    @functools.cached_property
+    def given(self) -> tuple[Residence, ...]:
+        """Everything else that is there before the first step."""
+        arrays = self.program.arrays
+        names = (name for name in self.program.given if arrays[name].kind != "weight")
+        return tuple(Residence(name, DEVICE) for name in names)
+
+    @functools.cached_property
+    def left(self) -> tuple[Residence, ...]:
+        """Everything but weights that is there after the last step."""
+        arrays = self.program.arrays
+        stays = {*self.program.outputs, *self.program.of_kind("cache", "feature")}
+        names = (name for name in arrays if name in stays and arrays[name].kind != "weight")
+        return tuple(Residence(name, DEVICE) for name in names)
 
     @property
     def weights_bytes(self) -> int:

@@ -55,7 +55,11 @@ def candidates(
 
 
 def pinned(
-    found: Candidates, budget_bytes: int, largest_bytes: int, spread: Spread
+    found: Candidates,
+    budget_bytes: int,
+    largest_bytes: int,
+    spread: Spread,
+    lead: float = 0.5,
 ) -> frozenset[str] | None:
     """Weights that stay within a budget. None if those too large for streaming do not fit.
 
@@ -64,6 +68,7 @@ def pinned(
         budget_bytes: what they may take together.
         largest_bytes: anything larger must stay.
         spread: how the streamed are spread over a round.
+        lead: by what share of itself a weight may be streamed too early.
     """
     large = [name for name in found.names if found.sizes[name] > largest_bytes]
     used = sum(found.sizes[name] for name in large)
@@ -81,12 +86,14 @@ def pinned(
     if spread == "tail":
         streamed = _tail(found, rest, excess)
     else:
-        streamed = _even(found, rest, excess, spread)
+        streamed = _even(found, rest, excess, spread, lead)
         _repair(found, rest, streamed, excess)
     return frozenset(found.names) - {found.names[index] for index in streamed}
 
 
-def _even(found: Candidates, rest: Sequence[int], excess: int, spread: Spread) -> set[int]:
+def _even(
+    found: Candidates, rest: Sequence[int], excess: int, spread: Spread, lead: float
+) -> set[int]:
     """Streams a weight whenever the streamed bytes lag behind their share of the round."""
     ends, size = found.ends[spread], [found.sizes[name] for name in found.names]
     largest = max(size[index] for index in rest)
@@ -94,7 +101,7 @@ def _even(found: Candidates, rest: Sequence[int], excess: int, spread: Spread) -
     for _ in range(MOST_ROUNDS):
         total, now = 0, set()
         for index in rest:
-            if total + size[index] / 2 <= factor * excess * ends[index]:
+            if total + (1 - lead) * size[index] <= factor * excess * ends[index]:
                 now.add(index)
                 total += size[index]
         streamed = now

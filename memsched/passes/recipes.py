@@ -23,6 +23,7 @@ class Recipe:
     """What passes through the device is no larger than `largest_bytes`, and spread by `spread`.
 
     Rings get at least their bytes. Those of the host count where not all that passes fits there.
+    `lead` moves what passes to and fro in a round: see `pinned`.
     """
 
     ring_bytes: int
@@ -30,6 +31,7 @@ class Recipe:
     spread: Spread
     host_ring_bytes: int = 0
     host_spread: Spread = "bytes"
+    lead: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def layout_of(needs: Needs, room: Room, recipe: Recipe) -> Layout | None:
 def device_pool(needs: Needs, room: Room, recipe: Recipe) -> Pool | None:
     """Who stays on the device; None if all do, or if a step streams more than the ring holds."""
     budget = room.device_bytes - recipe.ring_bytes
-    kept = pinned(room.stay, budget, recipe.largest_bytes, recipe.spread)
+    kept = pinned(room.stay, budget, recipe.largest_bytes, recipe.spread, recipe.lead)
     if kept is None or len(kept) == len(needs.weights):
         return None
     order = [name for name in needs.weights if name in kept]
@@ -108,7 +110,7 @@ def finished(needs: Needs, room: Room, recipe: Recipe, device: Pool) -> Layout |
     found = candidates(needs, passing, needs.host_bytes, needs.staging_s)
     largest = max(needs.host_bytes[name] for name in needs.weights)
     budget = room.host_bytes - recipe.host_ring_bytes
-    kept = pinned(found, budget, largest, recipe.host_spread)
+    kept = pinned(found, budget, largest, recipe.host_spread, recipe.lead)
     if kept is None:
         return None
     order = [name for name in passing if name in kept]

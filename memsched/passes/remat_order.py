@@ -62,7 +62,7 @@ class Unrolled:
         return self.originals.get(name, name)
 
     def _rests(self, rests: Iterable[Residence]) -> Iterable[Residence]:
-        return (dataclasses.replace(rest, array=self._name(rest.array)) for rest in rests)
+        return (rest._replace(array=self._name(rest.array)) for rest in rests)
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,7 +90,7 @@ class _Writer:
             return
         else:
             del self.held[original, action.tier]
-        self.actions.append(dataclasses.replace(action, array=original))
+        self.actions.append(action._replace(array=original))
 
 
 class _UnrolledCost:
@@ -107,7 +107,7 @@ class _UnrolledCost:
             action = Run(self._originals.get(action.step, action.step))
         else:
             name = self._originals.get(action.array, action.array)
-            action = dataclasses.replace(action, array=name)
+            action = action._replace(array=name)
         return self._cost.seconds(action, self._program, machine)
 
 

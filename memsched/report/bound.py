@@ -69,12 +69,20 @@ def prices_s_per_gb(
     plan: Plan, program: Program, machine: Machine, cost: CostModel
 ) -> dict[str, float]:
     """By how many seconds the bound falls with 1 GB more of a tier; none for the disk."""
-    tiers = [tier for tier in machine.tiers if tier.name != NVME]
+    return bound_and_prices(plan, program, machine, cost)[1]
+
+
+def bound_and_prices(
+    plan: Plan, program: Program, machine: Machine, cost: CostModel
+) -> tuple[Bound, dict[str, float]]:
+    """`lower_bound` and `prices_s_per_gb` of a program that is read once."""
+    tiers = [tier.name for tier in machine.tiers if tier.name != NVME]
     if not is_steady(plan, program):
-        return {tier.name: 0.0 for tier in tiers}
+        return lower_bound(plan, program, machine, cost), dict.fromkeys(tiers, 0.0)
     masses = read_masses(program, machine, cost)
-    now = solve(masses).seconds
-    return {tier.name: now - solve(_with_more(masses, tier.name)).seconds for tier in tiers}
+    bound = _steady_bound(masses)
+    more_s = {tier: solve(_with_more(masses, tier)).seconds for tier in tiers}
+    return bound, {tier: bound.together_s - seconds for tier, seconds in more_s.items()}
 
 
 def dual_prices(program: Program, machine: Machine, cost: CostModel) -> Prices:

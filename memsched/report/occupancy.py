@@ -39,6 +39,7 @@ class _Account:
     arena_bytes: int
     held: dict[str, bool] = dataclasses.field(default_factory=dict)
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
+    held_bytes: int = 0
     in_arena_bytes: int = 0
     fullest: Occupancy | None = None
 
@@ -72,6 +73,7 @@ def _hold(account: _Account, program: Program, name: str, offset: int | None) ->
     nbytes = _counted_bytes(account.tier, program, name)
     account.held[name] = offset is not None
     account.kinds[program.arrays[name].kind] += nbytes
+    account.held_bytes += nbytes
     if offset is not None:
         account.in_arena_bytes += nbytes
 
@@ -79,6 +81,7 @@ def _hold(account: _Account, program: Program, name: str, offset: int | None) ->
 def _forget(account: _Account, program: Program, name: str) -> None:
     nbytes = _counted_bytes(account.tier, program, name)
     account.kinds[program.arrays[name].kind] -= nbytes
+    account.held_bytes -= nbytes
     if account.held.pop(name):
         account.in_arena_bytes -= nbytes
 
@@ -93,11 +96,10 @@ def _counted_bytes(tier: Tier, program: Program, name: str) -> int:
 
 def _note(account: _Account, index: int, workspace_bytes: int) -> None:
     """Remembers this moment if none was as full."""
-    parts = dict(account.kinds)
-    parts[WORKSPACE] = workspace_bytes
-    parts[IDLE] = account.arena_bytes - account.in_arena_bytes
-    used = sum(parts.values())
+    idle_bytes = account.arena_bytes - account.in_arena_bytes
+    used = account.held_bytes + idle_bytes + workspace_bytes
     if account.fullest is None or used > account.fullest.peak_bytes:
+        parts = {**account.kinds, WORKSPACE: workspace_bytes, IDLE: idle_bytes}
         filled = {part: nbytes for part, nbytes in sorted(parts.items()) if nbytes}
         account.fullest = Occupancy(
             account.tier.name, account.tier.capacity_bytes, used, index, filled

@@ -10,7 +10,7 @@ from memsched.cost import CostModel, is_steady, lane_of, plan_seconds
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.plan import Copy, Plan, Run
 from memsched.program import Program
-from memsched.report.bound import Bound, lower_bound, prices_s_per_gb
+from memsched.report.bound import Bound, bound_and_prices
 from memsched.report.occupancy import Occupancy, occupancy
 
 # pinned: a weight that stays on the device. streamed: one that is copied there, from the tier that
@@ -33,7 +33,8 @@ _REASONS: Mapping[Role, str] = {
 class ArrayUse:
     """An array, the slowest tier that it comes from or goes to, and its part in the plan.
 
-    `moves` counts its copies to the device in one pass.
+    `moves` counts its copies to the device in one pass. `codec_reason` is why it has its codec,
+    where one was chosen.
     """
 
     name: str
@@ -43,13 +44,15 @@ class ArrayUse:
     codec: str
     role: Role
     moves: int = 0
+    codec_reason: str = ""
 
     @property
     def why(self) -> str:
-        """Its part, and the reason for it."""
+        """Its part and the reason for it; after that, the reason for its codec."""
         often = "" if self.moves < 2 else f", {self.moves} times a pass"
         moved = f"; comes from {self.tier}{often}" if self.moves else ""
-        return f"{self.role}: {_REASONS[self.role]}{moved}"
+        codec = f"; {self.codec_reason}" if self.codec_reason else ""
+        return f"{self.role}: {_REASONS[self.role]}{moved}{codec}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,18 +114,19 @@ def summarize(
     baselines: Mapping[str, float | None] | None = None,
 ) -> Summary:
     """What a plan that is right does. `baselines` are passed on."""
+    bound, prices_s_per_gb = bound_and_prices(plan, program, machine, cost)
     return Summary(
         steps=len(program.steps),
         runs=sum(isinstance(action, Run) for action in plan.actions),
         actions=len(plan.actions),
         repeated=is_steady(plan, program),
         seconds=plan_seconds(plan, program, machine, cost),
-        bound=lower_bound(plan, program, machine, cost),
+        bound=bound,
         occupancy=occupancy(plan, program, machine),
         lanes=_lanes(plan, program, machine, cost),
         arrays=_arrays(plan, program),
         baselines=dict(baselines or {}),
-        prices_s_per_gb=prices_s_per_gb(plan, program, machine, cost),
+        prices_s_per_gb=prices_s_per_gb,
     )
 
 

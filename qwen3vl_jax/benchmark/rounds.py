@@ -20,18 +20,24 @@ class Round:
     flops_per_s: float
     ours: Run
     theirs: Run | None
+    others: Mapping[str, Run]
 
 
 def measure(
     ours: Callable[[], Run],
     theirs: Callable[[], Run] | None,
+    others: Mapping[str, Callable[[], Run]],
     *,
     read: Callable[[], float],
     multiply: Callable[[], float],
     repeats: int,
     say: Callable[[str], None],
 ) -> list[Round]:
-    """`repeats` rounds after one that is not counted: it compiles, and touches memory first."""
+    """`repeats` rounds after one that is not counted: it compiles, and touches memory first.
+
+    Args:
+        others: variants of ours, by name.
+    """
     rounds = []
     for number in range(repeats + 1):
         say(f"round {number} of {repeats}" + (": warming up" if number == 0 else ""))
@@ -39,8 +45,10 @@ def measure(
         our_run = ours()
         # The better of two: a bound that a busy neighbour lowered would flatter us.
         after = read(), multiply()
+        rates = max(before[0], after[0]), max(before[1], after[1])
         their_run = theirs() if theirs else None
-        rounds.append(Round(max(before[0], after[0]), max(before[1], after[1]), our_run, their_run))
+        other_runs = {name: run() for name, run in others.items()}
+        rounds.append(Round(*rates, our_run, their_run, other_runs))
     return rounds[1:]
 
 
@@ -80,6 +88,18 @@ def _phase(rounds: Sequence[Round], phase: str, cost: Cost) -> dict[str, Any]:
     }
 
 
+def compared(rounds: Sequence[Round], name: str) -> dict[str, Any]:
+    """A variant of ours: seconds of prefill and of a token, and how many times as fast that is."""
+    found: dict[str, Any] = {}
+    for phase in ("prefill", "decode"):
+        pairs = [(one.ours.seconds(phase), one.others[name].seconds(phase)) for one in rounds]
+        found[phase] = {
+            "seconds": statistics.median(taken for _, taken in pairs),
+            "times_as_fast": statistics.median(raw / taken for raw, taken in pairs),
+        }
+    return found
+
+
 def _agreeing(last: Round) -> int | None:
     """How many tokens both chose before the first difference; None without a comparison."""
     if last.theirs is None:
@@ -106,4 +126,19 @@ def table(result: Mapping[str, Any]) -> str:
             + ("" if None in peer else f"{peer[0]:16.4f}{peer[1]:7.2f}")
         )
     lines.append(f"decode: {result['decode_tokens_per_s']:.2f} tokens/s")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_variant_lines(result["variants"])])
+
+
+def _variant_lines(variants: Mapping[str, Any]) -> list[str]:
+    if not variants:
+        return []
+    head = f"{'variant':14s}{'GB':>7s}{'prefill s':>11s}{'times':>7s}{'decode s':>10s}{'times':>7s}"
+    lines = [f"{head}{'cosine':>10s}{'KL':>10s}"]
+    for name, found in variants.items():
+        times = "".join(
+            f"{found[phase]['seconds']:{width}.4f}{found[phase]['times_as_fast']:7.2f}"
+            for phase, width in (("prefill", 11), ("decode", 10))
+        )
+        far = f"{found['cosine']:10.6f}{found['kl']:10.2e}"
+        lines.append(f"{name:14s}{found['weight_bytes'] / 1e9:7.2f}{times}{far}")
+    return lines

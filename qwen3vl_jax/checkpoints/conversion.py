@@ -7,7 +7,7 @@ the same call continues after a kill; the destination appears only when it is co
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,7 +127,7 @@ def to_store(
                 progress.stage("measuring", matrix_bytes(config, dtypes))
                 selected = select(selection, checkpoint, config, dtypes, work, progress.advance)
                 encodings = selected.encodings
-            _check_space(config, work, dtypes, encodings)
+            needed_space(work.content, store_bytes(config, dtypes, encodings, work.done))
             progress.stage("converting", checkpoint.nbytes)
             writer = ArrayWriter(work, dtype, encodings)
             files = _copy_files(checkpoint, source, work.content)
@@ -206,15 +206,16 @@ def _dtypes(checkpoint: Checkpoint, config: Config, dtype: str) -> Callable[[Ent
     return dtype_of
 
 
-def _check_space(
+def store_bytes(
     config: Config,
-    work: WorkDirectory,
     dtype_of: Callable[[Entry], np.dtype],
     encodings: Encodings,
-) -> None:
+    done: Container[str] = (),
+) -> int:
+    """What a store takes on disk, but for the arrays that are done; side files not counted."""
     nbytes = 0
     for entry in arrays(as_encoded(config, encodings)):
-        if entry.array not in work.done:
+        if entry.array not in done:
             stored = StoredArray(dtype_of(entry).name, entry.shape, "")
             if encoding := encodings.get(entry.array):
                 shape, packed_dtype = encoding.packed
@@ -222,7 +223,7 @@ def _check_space(
             sizes = chunk_files(stored)
             # A file occupies whole blocks; zarr.json one, and its directory one.
             nbytes += sum(-(-size // 4096) * 4096 for size in sizes.values()) + 8192
-    needed_space(work.content, nbytes)
+    return nbytes
 
 
 def _copy_files(checkpoint: Checkpoint, source: Path, content: Path) -> dict[str, StoredFile]:

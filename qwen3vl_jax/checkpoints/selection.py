@@ -7,7 +7,7 @@ kill it chooses the same.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +28,7 @@ from qwen3vl_jax.checkpoints.encodings import (
     everywhere,
     origin,
 )
+from qwen3vl_jax.checkpoints.experts_alike import apart, together
 from qwen3vl_jax.checkpoints.files import sha256
 from qwen3vl_jax.checkpoints.opening import Checkpoint
 from qwen3vl_jax.checkpoints.store import Store, check_file
@@ -39,7 +40,9 @@ LEVEL_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "levels"
 REPORT_NAME = "encoding_report.json"
 MEASURED = "sensitivities"  # in the journal
 BATCH_ARRAYS, BATCH_BYTES = 16, 64 * 2**20  # of measurements that are noted together
+CHOSEN = "choice"  # in the journal, too
 Errors = dict[str, float]
+Chooser = Callable[[Sequence[Subject]], Choice]
 
 
 @runtime_checkable
@@ -75,10 +78,15 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Selection:
-    """What a choice is made by. Without a calibration, what the source has or the defaults hold."""
+    """What a choice is made by.
+
+    Without a calibration, what the source has or the defaults hold. Without a chooser, the fewest
+    bytes are chosen.
+    """
 
     level: Level
     calibration: Calibration | None = None
+    chooser: Chooser | None = None
 
     @property
     def task(self) -> dict[str, str]:
@@ -137,15 +145,42 @@ def select(
         _subject(entry, dtype_of(entry), single[entry.path], notes.done.get(_key(entry), {}))
         for entry in entries
     ]
-    choice = choose(
-        subjects, error_budget=level.error_budget, smallest_saving=level.smallest_saving
-    )
+    if CHOSEN not in notes.done:
+        chooser = selection.chooser or smallest(level)
+        notes.note({CHOSEN: _noted(chooser(subjects))})
+    choice = _choice(notes.done[CHOSEN])
     codecs = {one.name: one.codec for one in choice.arrays if one.codec != RAW}
     encodings = encodings_of(config, codecs, dtype_of)
     files = {REPORT_NAME: _report(level, choice, measured=classes is not None)}
     if classes is not None:
         files[sensitivity.FILE_NAME] = sensitivity.spelled(classes)
     return Selected(choice, encodings, files)
+
+
+def smallest(level: Level) -> Chooser:
+    """Chooses the fewest bytes."""
+
+    def chooser(subjects: Sequence[Subject]) -> Choice:
+        groups = together(subjects)
+        found = choose(
+            [group.subject for group in groups],
+            error_budget=level.error_budget,
+            smallest_saving=level.smallest_saving,
+        )
+        return apart(found, groups)
+
+    return chooser
+
+
+def _noted(choice: Choice) -> dict[str, Any]:
+    return {
+        "bound_bytes": choice.bound_bytes,
+        "arrays": [dataclasses.asdict(one) for one in choice.arrays],
+    }
+
+
+def _choice(noted: Mapping[str, Any]) -> Choice:
+    return Choice(tuple(Chosen(**one) for one in noted["arrays"]), noted["bound_bytes"])
 
 
 def matrices(config: Config) -> list[Entry]:

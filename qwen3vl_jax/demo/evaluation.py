@@ -96,15 +96,17 @@ def _messages(trial: Trial, side_px: int) -> list[dict[str, Any]]:
 
 
 def evaluate(
-    directory: Path, *, count: int, report: Callable[[str], None]
+    directory: Path, *, count: int, kv: str | None = None, report: Callable[[str], None]
 ) -> dict[str, dict[str, Score]]:
     """Scores of a checkpoint: group ("one picture, seen wordings", ...) -> kind -> score.
 
     Args:
         count: questions of each kind in each group.
+        kv: how KV caches are stored: raw or int8.
         report: gets a line whenever a kind is done.
     """
-    model, processor = Qwen3VL.from_pretrained(directory), Processor.from_pretrained(directory)
+    model = Qwen3VL.from_pretrained(directory, kv=kv)
+    processor = Processor.from_pretrained(directory)
     found: dict[str, dict[str, Score]] = {}
     for group, kind, given in _groups(count):
         replies = answers(model, processor, given)

@@ -4,7 +4,7 @@ XLA:CPU has no formulation that reads a 16-bit weight at the speed of memory ins
 (DECISIONS.md has the figures), so kernels.cc does, called through jax.ffi. Where there is no
 compiler, no AVX2 or another processor, XLA computes all: the same results within rounding.
 `QWEN3VL_JAX_KERNELS=off` asks for that on purpose. Products with weights that rest as int8 or int4
-codes are in `products`.
+codes, and attention over caches that do, are in `products`.
 """
 
 import dataclasses
@@ -20,15 +20,19 @@ from jaxtyping import Array, Bool, Float
 from qwen3vl_jax.kernels.build import BuildError, load_cached
 
 INSTRUCTION_SETS = ("avx512", "avx2")  # the best first
-OPERATIONS = ("linear", "attention", "encoded", "decoded", "many_rows")
+OPERATIONS = ("linear", "many_rows", "attention", "encoded", "encoded_attention", "decoded")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """Which instruction sets the kernel can use here, the best first; with none, XLA computes."""
+    """Which instruction sets the kernel can use here, the best first; with none, XLA computes.
+
+    `multiplies_bfloat16` says whether the processor has instructions for that.
+    """
 
     instruction_sets: tuple[str, ...]
     reason: str
+    multiplies_bfloat16: bool = False
 
     @property
     def active(self) -> bool:
@@ -51,7 +55,8 @@ def status() -> Status:
     for operation, instruction_set in itertools.product(OPERATIONS, usable):
         name = target(operation, instruction_set)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
-    return Status(usable, usable[0] if usable else "this processor has neither AVX2 nor AVX-512")
+    reason = usable[0] if usable else "this processor has neither AVX2 nor AVX-512"
+    return Status(usable, reason, bool(library.qwen3vl_multiplies_bfloat16()))
 
 
 def usable() -> bool:
@@ -59,9 +64,9 @@ def usable() -> bool:
     return jax.default_backend() == "cpu" and status().active
 
 
-def instruction_set() -> str | None:
-    """The best one that what is traced now can call kernels with; None where XLA computes all."""
-    return status().instruction_sets[0] if usable() else None
+def widen() -> bool:
+    """Are products of 16-bit numbers faster in float32 for what is traced now?"""
+    return usable() and not status().multiplies_bfloat16
 
 
 def few_rows_product(

@@ -1,13 +1,13 @@
-// Included once for every instruction set, after linear_rows.h, whose products it uses.
+// Included once for every instruction set, after linear_rows.h and encoded_rows.h, whose products it uses.
 
 // sums[g, 0 .. 2 * kLanes] += sum_s weights[g, s] * values[s, from the column on], over a tile of keys.
 template <typename T, int G>
-TARGET void mix(const float* weights, const T* values, int64_t keys, int64_t size, float* sums, int64_t stride) {
+TARGET void mix(const float* weights, const T* values, int64_t keys, int64_t row, float* sums, int64_t stride) {
   Vector first[G], second[G];
   for (int g = 0; g < G; ++g) first[g] = load(sums + g * stride), second[g] = load(sums + g * stride + kLanes);
   for (int64_t s = 0; s < keys; ++s) {
     Vector v_first, v_second;
-    load(values + s * size, v_first, v_second);
+    load(values + s * row, v_first, v_second);
     for (int g = 0; g < G; ++g) {
       const Vector weight = fill(weights[g * kTileKeys + s]);
       first[g] = fma(weight, v_first, first[g]);
@@ -32,6 +32,26 @@ TARGET inline void weigh(float* scores, const bool* seen, int64_t keys, float sc
   for (int64_t s = 0; s < keys; ++s) total += scores[s] = seen[s] ? std::exp(scores[s] - peak) : 0.0f;
 }
 
+// scores[g, 0 .. count] = the products of query g with a tile of keys.
+template <typename T>
+TARGET inline void score(const Attention& a, const T* keys, int64_t count, float* scores) {
+  if constexpr (kEncoded<T>)
+    encoded_product<Int8>(Encoded{static_cast<const float*>(a.queries), reinterpret_cast<const uint8_t*>(keys), scores,
+                                  a.groups, a.size, kTileKeys, a.row, a.size, 1, kWholeRow},
+                          0, count);
+  else
+    compute<T>(Product{a.queries, keys, scores, a.groups, a.size, kTileKeys}, 0, count);
+}
+
+// Codes are summed as they are: their scales go into the weights.
+inline void apply_scales(const Attention& a, const Code* values, int64_t count, float* weights) {
+  for (int64_t s = 0; s < count; ++s) {
+    float scale;
+    std::memcpy(&scale, values + s * a.row + a.size, sizeof(scale));
+    for (int64_t g = 0; g < a.groups; ++g) weights[g * kTileKeys + s] *= scale;
+  }
+}
+
 // Softmax attention in one pass over the keys that are seen. Nothing seen gives zeros.
 template <typename T>
 TARGET void attend(const Attention& a) {
@@ -46,15 +66,16 @@ TARGET void attend(const Attention& a) {
     const int64_t count = std::min(kTileKeys, a.slots - tile);
     const bool* seen = a.seen + tile;
     if (std::none_of(seen, seen + count, [](bool one) { return one; })) continue;
-    compute<T>(Product{a.queries, keys + tile * a.size, scores.data(), a.groups, a.size, kTileKeys}, 0, count);
+    score<T>(a, keys + tile * a.row, count, scores.data());
     for (int64_t g = 0; g < a.groups; ++g)
       weigh(&scores[g * kTileKeys], seen, count, scale, peak[g], total[g], &sums[g * columns], columns);
+    if constexpr (kEncoded<T>) apply_scales(a, values + tile * a.row, count, scores.data());
     for (int64_t column = 0; column < columns; column += kStep) {
-      const T* from = values + tile * a.size + column;
-      int64_t stride = a.size;
+      const T* from = values + tile * a.row + column;
+      int64_t stride = a.row;
       if (column + kStep > a.size) {  // The last few columns, followed by zeros.
         for (int64_t s = 0; s < count; ++s)
-          std::memcpy(&tail[s * kStep], from + s * a.size, (a.size - column) * sizeof(T));
+          std::memcpy(&tail[s * kStep], from + s * a.row, (a.size - column) * sizeof(T));
         from = tail.data(), stride = kStep;
       }
       int64_t g = 0;

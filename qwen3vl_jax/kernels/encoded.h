@@ -1,4 +1,4 @@
-// Handlers for weights stored as int8 or int4 codes, packed row by row:
+// Handlers for weights and caches stored as int8 or int4 codes, packed row by row:
 //
 //   int8  `in` codes from -127 to 127, then float32 scales: number = code * scale.
 //   int4  runs of 32 numbers, 16 bytes each: byte b holds number b low and number 16 + b high. A last
@@ -39,7 +39,7 @@ const char* describe(const XLA_FFI_CallFrame* frame, Form& form, Encoded& e) {
   form = nibbles ? (a.zero ? Form::kInt4Zero : Form::kInt4) : Form::kInt8;
   e.code_bytes = nibbles ? (e.in + 1) / 2 : e.in;
   e.terms = (whole_row ? 1 : (e.in + a.group - 1) / a.group) * (1 + a.zero);
-  if (whole_row) e.group_shift = 62;  // All units have the first terms.
+  if (whole_row) e.group_shift = kWholeRow;
   if (e.in < 1 || e.row_bytes != e.code_bytes + e.terms * (nibbles ? 2 : 4))
     return "encoded: a packed row has not as many bytes as its numbers and terms take";
   return nullptr;
@@ -57,14 +57,14 @@ void with_form(Form form, What what) {
 
 // [units, rows, unit] in float32, zeros after the last; a last short run of int4 in its own order.
 template <typename T>
-std::vector<float> widened_rows(const XLA_FFI_Buffer* x, InstructionSet set, bool nibbles) {
-  const int64_t rows = x->dims[0], in = x->dims[1], unit = nibbles ? Int4::kUnit : Int8::kUnit;
+std::vector<float> widened_rows(const T* x, int64_t rows, int64_t in, InstructionSet set, bool nibbles) {
+  const int64_t unit = nibbles ? Int4::kUnit : Int8::kUnit;
   const int64_t units = (in + unit - 1) / unit;
   const auto widen = set == InstructionSet::kAvx512 ? avx512::widened<T> : avx2::widened<T>;
   std::vector<float> to(units * rows * unit);
   for (int64_t u = 0; u < units; ++u)
     for (int64_t r = 0; r < rows; ++r) {
-      const T* from = static_cast<const T*>(x->data) + r * in + u * unit;
+      const T* from = x + r * in + u * unit;
       float* at = &to[(u * rows + r) * unit];
       const int64_t count = std::min(unit, in - u * unit);
       const int64_t low = nibbles && count < unit ? (count + 1) / 2 : count;
@@ -72,6 +72,17 @@ std::vector<float> widened_rows(const XLA_FFI_Buffer* x, InstructionSet set, boo
       if (low < count) widen(from + low, count - low, at + unit / 2);
     }
   return to;
+}
+
+// The same of `rows` rows of a buffer from row `first` on; empty for a dtype that is none of ours.
+std::vector<float> widened_rows(const XLA_FFI_Buffer* x, int64_t first, int64_t rows, InstructionSet set, bool nibbles) {
+  const int64_t in = x->dims[x->rank - 1], at = first * in;
+  switch (x->dtype) {
+    case XLA_FFI_DataType_BF16: return widened_rows(static_cast<const Bfloat16*>(x->data) + at, rows, in, set, nibbles);
+    case XLA_FFI_DataType_F16: return widened_rows(static_cast<const Float16*>(x->data) + at, rows, in, set, nibbles);
+    case XLA_FFI_DataType_F32: return widened_rows(static_cast<const float*>(x->data) + at, rows, in, set, nibbles);
+    default: return {};
+  }
 }
 
 XLA_FFI_Error* handle_encoded(XLA_FFI_CallFrame* frame, InstructionSet set) {
@@ -87,14 +98,8 @@ XLA_FFI_Error* handle_encoded(XLA_FFI_CallFrame* frame, InstructionSet set) {
   Encoded e{nullptr, static_cast<const uint8_t*>(w->data), static_cast<float*>(y->data),
             x->dims[0], x->dims[1], w->dims[0], w->dims[1]};
   if (const char* wrong = describe(frame, form, e)) return failure(frame->api, wrong);
-  std::vector<float> rows;
-  const bool nibbles = form != Form::kInt8;
-  switch (x->dtype) {
-    case XLA_FFI_DataType_BF16: rows = widened_rows<Bfloat16>(x, set, nibbles); break;
-    case XLA_FFI_DataType_F16: rows = widened_rows<Float16>(x, set, nibbles); break;
-    case XLA_FFI_DataType_F32: rows = widened_rows<float>(x, set, nibbles); break;
-    default: return failure(frame->api, "encoded: x in bfloat16, float16 or float32");
-  }
+  const auto rows = widened_rows(x, 0, e.rows, set, form != Form::kInt8);
+  if (rows.empty() && e.rows > 0) return failure(frame->api, "encoded: x in bfloat16, float16 or float32");
   e.x = rows.data();
   void (*compute)(const Encoded&, int64_t, int64_t) = nullptr;
   with_form(form, [&](auto kind) {
@@ -149,4 +154,38 @@ XLA_FFI_Error* handle_decoded(XLA_FFI_CallFrame* frame, InstructionSet set) {
     default:
       return failure(frame->api, "decoded: a tile in bfloat16 or float32");
   }
+}
+
+// One token's attention over keys and values whose rows are packed int8, each with one scale.
+XLA_FFI_Error* handle_encoded_attention(XLA_FFI_CallFrame* frame, InstructionSet set) {
+  if (answers_metadata(frame)) return nullptr;
+  if (frame->args.size != 4 || frame->rets.size != 1)
+    return failure(frame->api, "encoded attention: queries, keys, values, seen -> mixed");
+  const auto* queries = static_cast<XLA_FFI_Buffer*>(frame->args.args[0]);
+  const auto* keys = static_cast<XLA_FFI_Buffer*>(frame->args.args[1]);
+  const auto* values = static_cast<XLA_FFI_Buffer*>(frame->args.args[2]);
+  const auto* seen = static_cast<XLA_FFI_Buffer*>(frame->args.args[3]);
+  const auto* mixed = static_cast<XLA_FFI_Buffer*>(frame->rets.rets[0]);
+  if (queries->rank != 3 || keys->rank != 3 || seen->rank != 2)
+    return failure(frame->api, "encoded attention: queries and keys of rank 3, seen of rank 2");
+  const int64_t heads = queries->dims[0], groups = queries->dims[1], size = queries->dims[2],
+                slots = keys->dims[1], batch = seen->dims[0], row = size + int64_t(sizeof(float));
+  if (batch == 0 || heads % batch != 0 || !shaped(keys, XLA_FFI_DataType_U8, {heads, slots, row}) ||
+      !shaped(values, XLA_FFI_DataType_U8, {heads, slots, row}) ||
+      !shaped(seen, XLA_FFI_DataType_PRED, {batch, slots}) ||
+      !shaped(mixed, XLA_FFI_DataType_F32, {heads, groups, size}))
+    return failure(frame->api, "encoded attention: queries [BK, G, D], keys and values uint8 [BK, S, D + 4], "
+                               "seen [B, S] bool, mixed [BK, G, D] float32");
+  if (queries->dtype != XLA_FFI_DataType_BF16 && queries->dtype != XLA_FFI_DataType_F16 &&
+      queries->dtype != XLA_FFI_DataType_F32)
+    return failure(frame->api, "encoded attention: queries in bfloat16, float16 or float32");
+  const auto attend = set == InstructionSet::kAvx512 ? avx512::attend<Code> : avx2::attend<Code>;
+  run(frame, heads, [&](int64_t head) {
+    const auto rows = widened_rows(queries, head * groups, groups, set, false);
+    attend(Attention{rows.data(), static_cast<const uint8_t*>(keys->data) + head * slots * row,
+                     static_cast<const uint8_t*>(values->data) + head * slots * row,
+                     static_cast<const bool*>(seen->data) + head / (heads / batch) * slots,
+                     static_cast<float*>(mixed->data) + head * groups * size, groups, slots, size, row});
+  });
+  return nullptr;
 }

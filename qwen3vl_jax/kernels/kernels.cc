@@ -4,6 +4,8 @@
 // by one thread in one order, which depends on the shape of one row and the instruction set only: not
 // on the number of threads, nor on the other rows of the call.
 
+#include <cpuid.h>
+
 #include <string_view>
 #include <vector>
 
@@ -142,7 +144,7 @@ XLA_FFI_Error* handle_attention(XLA_FFI_CallFrame* frame, InstructionSet set) {
     return failure(frame->api, "attention: queries [BK, G, D], keys and values [BK, S, D] of one dtype, "
                                "seen [B, S] bool, mixed [BK, G, D] float32");
   const Attention all{queries->data, keys->data, values->data, static_cast<const bool*>(seen->data),
-                      static_cast<float*>(mixed->data), groups, slots, size};
+                      static_cast<float*>(mixed->data), groups, slots, size, size};
   const int64_t key_heads = heads / batch;
   switch (queries->dtype) {
     case XLA_FFI_DataType_BF16:
@@ -175,6 +177,14 @@ int qwen3vl_has_avx512() {
   return __builtin_cpu_supports("avx512f") != 0;
 }
 
+// AVX512-BF16 or AMX-BF16: XLA then multiplies bfloat16 faster than float32, else more slowly.
+int qwen3vl_multiplies_bfloat16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  const bool tiles = d >> 22 & 1;
+  return tiles || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1));
+}
+
 XLA_FFI_Error* qwen3vl_linear_avx2(XLA_FFI_CallFrame* frame) {
   return handle_product(frame, InstructionSet::kAvx2, /*many=*/false);
 }
@@ -205,6 +215,14 @@ XLA_FFI_Error* qwen3vl_encoded_avx2(XLA_FFI_CallFrame* frame) {
 
 XLA_FFI_Error* qwen3vl_encoded_avx512(XLA_FFI_CallFrame* frame) {
   return handle_encoded(frame, InstructionSet::kAvx512);
+}
+
+XLA_FFI_Error* qwen3vl_encoded_attention_avx2(XLA_FFI_CallFrame* frame) {
+  return handle_encoded_attention(frame, InstructionSet::kAvx2);
+}
+
+XLA_FFI_Error* qwen3vl_encoded_attention_avx512(XLA_FFI_CallFrame* frame) {
+  return handle_encoded_attention(frame, InstructionSet::kAvx512);
 }
 
 XLA_FFI_Error* qwen3vl_decoded_avx2(XLA_FFI_CallFrame* frame) {

@@ -1,4 +1,4 @@
-"""Products with weights that rest as int8 or int4 codes, packed row by row, on x86-64.
+"""Products with what rests as int8 or int4 codes, packed row by row, on x86-64.
 
 A packed row of `inputs` numbers is its codes, then the scales of its groups (`encoded.h` has the
 layout; `memsched.codecs` writes it). Few rows: the kernel turns codes into numbers in registers.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int, UInt8
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
 
 from qwen3vl_jax import kernels
 
@@ -58,7 +58,9 @@ def few_rows_int4(
 def many_rows_int8(
     rows: Float[Array, "rows in"], packed: UInt8[Array, "out bytes"], inputs: int, group: int
 ) -> Float[Array, "rows out"]:
-    """`rows @ decoded.T` in float32; with AVX-512, bfloat16 rows meet what is rounded to that."""
+    """`rows @ decoded.T` in float32. Where the processor multiplies bfloat16, rows of it meet
+    numbers that are rounded to it.
+    """
     return _by_tiles(
         rows,
         packed,
@@ -110,6 +112,20 @@ def int4_tile(
     return _tile(packed, start, (size, inputs), dtype, _attributes(4, group, zero), instruction_set)
 
 
+def one_token_attention(
+    queries: Float[Array, "BK G D"],
+    keys: UInt8[Array, "BK S W"],
+    values: UInt8[Array, "BK S W"],
+    seen: Bool[Array, "B S"],
+    *,
+    instruction_set: str | None = None,
+) -> Float[Array, "BK G D"]:
+    """`kernels.one_token_attention` over packed int8 rows of D numbers that share a scale."""
+    result = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
+    name = kernels.target("encoded_attention", instruction_set)
+    return jax.ffi.ffi_call(name, result, vmap_method="sequential")(queries, keys, values, seen)
+
+
 def _attributes(bits: int, group: int, zero: bool = False) -> dict[str, np.int64]:
     return {"bits": np.int64(bits), "group": np.int64(group), "zero": np.int64(zero)}
 
@@ -147,8 +163,8 @@ def _by_tiles(
     tile: Callable[[jax.Array, int, np.dtype], jax.Array],
 ) -> Float[Array, "rows out"]:
     outputs, inputs = packed.shape[0], rows.shape[1]
-    halves = rows.dtype == jnp.bfloat16 and kernels.instruction_set() == "avx512"
-    dtype = np.dtype(jnp.bfloat16 if halves else jnp.float32)
+    narrow = rows.dtype == jnp.bfloat16 and kernels.status().multiplies_bfloat16
+    dtype = np.dtype(jnp.bfloat16 if narrow else jnp.float32)
     most = max(1, TILE_BYTES // (inputs * dtype.itemsize))
     size = min(outputs, 1 << (most.bit_length() - 1))  # XLA multiplies by odd sizes more slowly
     wide = rows.astype(dtype)

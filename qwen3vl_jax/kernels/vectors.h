@@ -17,6 +17,7 @@
 
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Code { int8_t code; };  // Of an encoded row, whose float32 scale follows its codes.
 
 // y[r, o] = sum_i x[r, i] * w[o, i].
 struct Product {
@@ -39,12 +40,12 @@ constexpr int64_t kDepth = 384;  // A panel of 16 outputs takes 24 KB of the fir
 
 // One new token's attention, of one key head and the query heads that share it.
 struct Attention {
-  const void* queries;  // Packed, as the x of a Product with rows = groups, in = size.
-  const void* keys;     // [slots, size]
-  const void* values;   // [slots, size]
+  const void* queries;  // As the x of a Product, or of an Encoded, with rows = groups, in = size.
+  const void* keys;     // [slots, row] of which `size` are numbers, or codes
+  const void* values;   // [slots, row]
   const bool* seen;     // [slots]
   float* mixed;         // [groups, size]
-  int64_t groups, slots, size;
+  int64_t groups, slots, size, row;
 };
 
 // y[r, o] = sum_i x[r, i] * w[o, i] where w is made of codes and terms (encoded.h has the layout).
@@ -58,6 +59,7 @@ struct Encoded {
 };
 
 constexpr int64_t kStepNumbers = 32;
+constexpr int64_t kWholeRow = 62;  // The group_shift with which all units have the first terms.
 
 template <int Bits, int Terms, int64_t Unit>
 struct Codes {
@@ -73,6 +75,8 @@ template <typename T>
 constexpr bool kEvenOdd = false;
 template <>
 constexpr bool kEvenOdd<Bfloat16> = true;
+template <typename T>
+constexpr bool kEncoded = std::is_same_v<T, Code>;
 
 constexpr int64_t kTileKeys = 64;  // Their scores, and 128 values of each, fit the first cache.
 
@@ -116,6 +120,10 @@ TARGET inline Vector add_up(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 TARGET inline Vector widen(const uint8_t* int8) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(int8))));
 }
+TARGET inline void load(const Code* from, Vector& first, Vector& second) {
+  first = widen(reinterpret_cast<const uint8_t*>(from));
+  second = widen(reinterpret_cast<const uint8_t*>(from + kLanes));
+}
 template <bool kMinimum>
 TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vector (&to)[4]) {
   if (!kMinimum) minimum = _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
@@ -127,9 +135,9 @@ TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vec
   }
 }
 #include "linear_rows.h"
-#include "attention_rows.h"
 #include "encoded_rows.h"
 #include "many_rows.h"
+#include "attention_rows.h"
 #undef TARGET
 }  // namespace avx2
 
@@ -167,6 +175,10 @@ TARGET inline Vector add_up(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 TARGET inline Vector widen(const uint8_t* int8) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(int8))));
 }
+TARGET inline void load(const Code* from, Vector& first, Vector& second) {
+  first = widen(reinterpret_cast<const uint8_t*>(from));
+  second = widen(reinterpret_cast<const uint8_t*>(from + kLanes));
+}
 // The sixteen numbers that a group can have are a table, looked up by the low four bits of words.
 template <bool kMinimum>
 TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vector (&to)[2]) {
@@ -178,8 +190,8 @@ TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vec
   to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
 }
 #include "linear_rows.h"
-#include "attention_rows.h"
 #include "encoded_rows.h"
 #include "many_rows.h"
+#include "attention_rows.h"
 #undef TARGET
 }  // namespace avx512

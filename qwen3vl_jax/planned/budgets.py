@@ -57,9 +57,10 @@ def smallest_budgets(
         ProgramError: an array is larger than a tier takes.
     """
     grouped = group_weights(programs, machine)
+    cost_of_groups = grouped.cost(cost)
     least: dict[str, int] = {}
     for program in grouped.programs.values():
-        needs = read_needs(program, machine, Remembered(grouped.cost(cost)))
+        needs = read_needs(program, machine, Remembered(cost_of_groups))
         for name, nbytes in smallest_bytes(needs, value_budgets(needs)).items():
             least[name] = max(nbytes, least.get(name, 0))
     ordered = {tier.name: least[tier.name] for tier in machine.tiers}

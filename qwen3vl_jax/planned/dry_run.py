@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from memsched.aot import Compiler
 from memsched.cost import CostModel
@@ -19,12 +21,14 @@ from memsched.report.rendering import show
 from memsched.whole_file import check_target, write_whole
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.checkpoints.opening import described
+from qwen3vl_jax.checkpoints.selection import level_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.parameters import named_dtype
+from qwen3vl_jax.parameters import kv_of, named_dtype
 from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
-from qwen3vl_jax.planned.forecast import Forecast, forecast
+from qwen3vl_jax.planned.choosing import Chosen, candidates
+from qwen3vl_jax.planned.forecast import Forecast, explained, forecast
 from qwen3vl_jax.planned.forecast_data import forecast_dict, refusal_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text, forecast_view
 from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
@@ -65,25 +69,73 @@ def dry_run(
     Raises:
         UsageError: a request or a budget that makes no sense.
     """
-    chosen = named_dtype(config.dtype if dtype is None else dtype)
     request.capacity(config)
     machine = planned_machine(budgets)
-    try:
-        found = forecast(
-            config,
-            machine,
-            request,
-            dtype=chosen,
-            cost=cost_model(budgets, machine),
-            compiler=compiler,
-            encodings=encodings,
-            plan_seconds=budgets.plan_seconds,
-        )
-    except DoesNotFitError as error:
-        compiled = compiler is not None
-        data = refusal_dict(error, machine, request, chosen.name, compiled=compiled)
-        return DryRun(data, None, error)
-    return DryRun(forecast_dict(found), found)
+    asked = _Asked(request, machine, named_dtype(dtype or config.dtype), budgets, compiler)
+    refused: DoesNotFitError | None = None
+    for choice in _choices(config, encodings, asked):
+        try:
+            found = _forecast(choice, asked)
+        except DoesNotFitError as error:
+            refused = error
+        else:
+            return DryRun(forecast_dict(found) | _codecs_dict(choice, budgets.level), found)
+    assert refused is not None
+    compiled = compiler is not None
+    data = refusal_dict(refused, machine, request, asked.dtype.name, compiled=compiled)
+    return DryRun(data, None, refused)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a forecast is made for."""
+
+    request: Request
+    machine: Machine
+    dtype: np.dtype
+    budgets: Budgets
+    compiler: Compiler | None
+
+    @property
+    def cost(self) -> CostModel:
+        return cost_model(self.budgets, self.machine)
+
+
+def _choices(config: Config, encodings: Encodings, asked: _Asked) -> Iterable[Chosen]:
+    """How the model may rest, best first. What is encoded already stays as it is."""
+    level = level_of(asked.budgets.level)
+    if encodings or not level.codecs:
+        return (Chosen(config, encodings),)
+    return candidates(
+        config, asked.machine, asked.request, dtype=asked.dtype, cost=asked.cost, level=level
+    )
+
+
+def _forecast(choice: Chosen, asked: _Asked) -> Forecast:
+    found = forecast(
+        choice.config,
+        asked.machine,
+        asked.request,
+        dtype=asked.dtype,
+        cost=asked.cost,
+        compiler=asked.compiler,
+        encodings=choice.encodings,
+        plan_seconds=asked.budgets.plan_seconds,
+    )
+    return explained(found, choice.reasons) if choice.reasons else found
+
+
+def _codecs_dict(choice: Chosen, level: str) -> dict[str, Any]:
+    """What was chosen by a level, as data."""
+    if not choice.reasons:
+        return {}
+    budget = level_of(level).error_budget
+    return {
+        "level": level,
+        "error_budget": budget,
+        "predicted_error": choice.predicted_error,
+        "codec_assumptions": "sensitivities by role, errors as of normal numbers",
+    }
 
 
 def planned_machine(budgets: Budgets) -> Machine:
@@ -103,9 +155,9 @@ def dry_run_of(
     budgets: Mapping[str, Any],
 ) -> DryRun:
     """What a checkpoint would take for a processor's arrays and an answer of so many tokens."""
-    config, encodings = described(path)
-    request = request_of(config, inputs, new_tokens)
-    return dry_run(config, request, Budgets(**budgets), dtype=dtype, encodings=encodings)
+    (config, encodings), limits = described(path), Budgets(**budgets)
+    request = request_of(config, inputs, new_tokens, kv_of(limits.kv, limits.level))
+    return dry_run(config, request, limits, dtype=dtype, encodings=encodings)
 
 
 def check_report(path: Path | None, formats: Sequence[str] = FORMATS) -> None:

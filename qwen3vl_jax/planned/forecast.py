@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsched.aot import Compiler
+from memsched.collector import uncollected
 from memsched.cost import CostModel, Roofline
 from memsched.cost import plan_seconds as seconds_of
 from memsched.errors import DoesNotFitError
@@ -108,6 +109,7 @@ class Forecast:
         return {one.work.name: one.summary for one in self.passes}
 
 
+@uncollected()
 def forecast(
     config: Config,
     machine: Machine,
@@ -324,6 +326,24 @@ def with_codecs(summary: Summary, encodings: Encodings) -> Summary:
         dataclasses.replace(use, codec=found.codec) if found else use
         for use in summary.arrays
         for found in (encodings.get(use.name) or encodings.get(use.name.rpartition(".")[0]),)
+    )
+    return dataclasses.replace(summary, arrays=uses)
+
+
+def explained(found: Forecast, reasons: Mapping[str, str]) -> Forecast:
+    """A forecast that says why matrices have their codecs, where these were chosen."""
+    passes = tuple(
+        dataclasses.replace(one, summary=_with_reasons(one.summary, reasons))
+        for one in found.passes
+    )
+    return dataclasses.replace(found, passes=passes)
+
+
+def _with_reasons(summary: Summary, reasons: Mapping[str, str]) -> Summary:
+    uses = tuple(
+        dataclasses.replace(use, codec_reason=reason) if reason else use
+        for use in summary.arrays
+        for reason in (reasons.get(use.name) or reasons.get(use.name.rpartition(".")[0]),)
     )
     return dataclasses.replace(summary, arrays=uses)
 

@@ -19,11 +19,13 @@ from memsched.sizes import parse_size
 from memsched.stores import heap
 from memsched.stores.blocks import Block, StoredArray
 from qwen3vl_jax.checkpoints.opening import Checkpoint, described, open_checkpoint
+from qwen3vl_jax.checkpoints.selection import level_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.parameters import named_dtype
+from qwen3vl_jax.parameters import kv_of, named_dtype
+from qwen3vl_jax.planned.encoded_store import Place, encoded_store
 from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_rows
 from qwen3vl_jax.planned.options import LEVELS
 from qwen3vl_jax.planned.rows import EmbeddingRows
@@ -47,11 +49,13 @@ class Budgets:
     machine: str | Path | None = None
     max_context: int | None = None
     plan_seconds: float | None = None
+    kv: str | None = None
 
     @property
     def asked(self) -> bool:
         """Whether anything is limited, so that a plan is wanted."""
-        return dataclasses.replace(self, plan_seconds=None, level="minimal") != Budgets()
+        limits = dataclasses.replace(self, plan_seconds=None, level="minimal", kv=None)
+        return limits != Budgets()
 
 
 def load(
@@ -75,6 +79,10 @@ def load(
     check_context(config, budgets.max_context)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     machine = this_machine(budgets)
+    if budgets.level != "minimal" and not encodings:
+        path, budgets = _encoded(Path(path), config, chosen, machine, budgets)
+        config, encodings = described(path)
+        machine = this_machine(budgets)
     rows = vocab_rows(config, chosen)
     network = shape_network(config, dtype=chosen, vocab_rows=rows, encodings=encodings)
     with contextlib.ExitStack() as stack:
@@ -97,9 +105,43 @@ def load(
             max_context=budgets.max_context,
             cost=cost_model(budgets, machine),
             plan_seconds=budgets.plan_seconds,
+            kv=kv_of(budgets.kv, budgets.level),
         )
         runner.owned.push(stack.pop_all())
     return Qwen3VL(config, network, load_settings(path), runner=runner)
+
+
+def _encoded(
+    path: Path, config: Config, dtype: np.dtype, machine: Machine, budgets: Budgets
+) -> tuple[Path, Budgets]:
+    """A raw checkpoint as a store of its level, and the budgets that this leaves.
+
+    Raises:
+        UsageError: there is no place for one.
+        DoesNotFitError, StorageError: there is too little space.
+    """
+    folder, space = _folder(budgets), _bytes(budgets.nvme_space)
+    if folder is None:
+        raise UsageError(
+            f"level {budgets.level!r} needs a place for the encoded weights, which stream from "
+            f"there; add --nvme-dir, or make a store with scripts/convert.py --codec auto --level "
+            f"{budgets.level} and load that"
+        )
+    # Measured rates and what is free differ in every run; what was asked does not.
+    memory = _bytes(budgets.device_memory), _bytes(budgets.host_memory), budgets.max_context
+    asked = machine.digest if budgets.machine else machine.platform
+    made = encoded_store(
+        path,
+        config,
+        machine,
+        cost_model(budgets, machine),
+        dtype=dtype,
+        level=level_of(budgets.level),
+        place=Place(folder, space, (asked, *memory)),
+        max_context=budgets.max_context,
+    )
+    left = None if space is None else space - made.nbytes
+    return made.path, dataclasses.replace(budgets, nvme_space=left)
 
 
 def fits(nbytes: int) -> bool:
@@ -126,19 +168,13 @@ def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
 
 
 def check_level(budgets: Budgets) -> None:
-    """Plans stream weights as they are stored.
+    """Whether there is such a level.
 
     Raises:
-        UsageError: a level by which they would be encoded.
+        UsageError: there is not.
     """
     if budgets.level not in LEVELS:
         raise UsageError(f"level {budgets.level!r} is unknown; choose one of {', '.join(LEVELS)}")
-    if budgets.level != "minimal":
-        raise UsageError(
-            f"level {budgets.level!r} encodes weights in memory, and streamed ones stay as they "
-            f"are stored; make a store with scripts/convert.py --codec auto --level "
-            f"{budgets.level}, and load that without a level"
-        )
 
 
 def cost_model(budgets: Budgets, machine: Machine) -> CostModel:

@@ -7,6 +7,7 @@ import numpy as np
 from memsched.machine import NVME, Machine
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import SMALLEST_CAPACITY
+from qwen3vl_jax.cache_rows import row_dtype
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.long_cache import block_shape
 from qwen3vl_jax.planned.request import Request
@@ -20,7 +21,8 @@ def with_blocks(
 
     None if it has one, if it would not have a full block, or if the disk has no space for them.
     """
-    slots, capacity = block_shape(config.text, request.batch, dtype)[2], request.capacity(config)
+    rows = row_dtype(request.kv, dtype)
+    slots, capacity = block_shape(config.text, request.batch, rows)[2], request.capacity(config)
     if request.block_slots is not None or bucket(capacity, SMALLEST_CAPACITY) <= slots:
         return None
     made = dataclasses.replace(request, block_slots=slots)
@@ -32,12 +34,12 @@ def with_blocks(
 def cache_of(request: Request, config: Config, dtype: np.dtype, tokens: int) -> CacheShapes:
     """The cache of a request when it holds so many tokens."""
     capacity, slots = request.capacity(config), request.block_slots
+    kind = config, dtype, row_dtype(request.kv, dtype), request.batch
     if slots is None:
-        plain = bucket(capacity, SMALLEST_CAPACITY)
-        return CacheShapes(config, dtype, request.batch, plain)
+        return CacheShapes(*kind, bucket(capacity, SMALLEST_CAPACITY))
     count = max(tokens - 1, 0) // slots
     full = tuple(
         tuple(f"blocks.{layer}.{index}" for index in range(count))
         for layer in range(config.text.num_hidden_layers)
     )
-    return CacheShapes(config, dtype, request.batch, -(-capacity // slots) * slots, slots, full)
+    return CacheShapes(*kind, -(-capacity // slots) * slots, slots, full)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 LEVELS = ("minimal", "balanced", "aggressive")
+KV_CODECS = ("raw", "int8")
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,13 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--level",
         choices=LEVELS,
         default=LEVELS[0],
-        help="minimal changes no bit; others encode raw weights while they load, without limits",
+        help="minimal changes no bit; others encode raw weights: in memory, or, with limits, once "
+        "into a store in --nvme-dir",
+    )
+    add(
+        "--kv",
+        choices=KV_CODECS,
+        help="how KV caches are stored; int8 takes half of bfloat16's bytes (default: the level's)",
     )
     add(
         "--report",
@@ -50,7 +57,7 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
 def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What those options say, as arguments of `Qwen3VL.from_pretrained` and of `Budgets`."""
     names = ("device_memory", "host_memory", "nvme_dir", "nvme_space", "level", "machine")
-    return {name: getattr(options, name) for name in (*names, "plan_seconds")}
+    return {name: getattr(options, name) for name in (*names, "plan_seconds", "kv")}
 
 
 def _seconds(text: str) -> float:

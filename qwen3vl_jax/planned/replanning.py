@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from memsched.cost import CostModel
 from memsched.errors import DoesNotFitError
-from memsched.machine import NVME, Machine
+from memsched.machine import NVME, Machine, rounded
 from memsched.passes.compile import compile_phases
 from memsched.plan import Residence
 from memsched.program import ArraySpec, Program
@@ -60,6 +60,23 @@ def staying(
     free = {rest for rest in held if rest.tier != emptied}
     found = (tuple(rest for rest in entry if rest in free) for entry in entries)
     return max(found, key=lambda rests: sum(arrays[r.array].nbytes for r in rests), default=())
+
+
+def staying_beside(
+    held: Sequence[Residence],
+    arrays: Mapping[str, ArraySpec],
+    machine: Machine,
+    used_bytes: Mapping[str, int],
+) -> tuple[Residence, ...]:
+    """Weights that can stay where they lie while others use so many bytes of their tiers."""
+    left_bytes = {tier.name: tier.capacity_bytes - used_bytes[tier.name] for tier in machine.tiers}
+    stay = []
+    for rest in held:
+        taken_bytes = rounded(arrays[rest.array].nbytes, machine.tier(rest.tier).alignment_bytes)
+        if taken_bytes <= left_bytes[rest.tier]:
+            left_bytes[rest.tier] -= taken_bytes
+            stay.append(rest)
+    return tuple(stay)
 
 
 def refusal(

@@ -22,6 +22,7 @@ from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.runner import Planned, PlannedRunner
 from qwen3vl_jax.planned.tally import Tally
+from qwen3vl_jax.prompt_cache import PromptCache
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class PlanReport:
 
     runner: PlannedRunner
     request: Request = dataclasses.field(default_factory=Request)
+    prompt_cache: PromptCache | None = None
 
     @property
     def cost(self) -> CostModel:
@@ -48,6 +50,8 @@ class PlanReport:
         for name, lines in self._measured(summaries).items():
             blocks.append(f"{name}, the newest pass\n" + comparison_text(lines))
         blocks.append("so far\n" + comparison_text(self._totals(summaries)))
+        if self.prompt_cache is not None:
+            blocks.append(self.prompt_cache.text() + "\n")
         return "\n".join(blocks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,12 +60,17 @@ class PlanReport:
         if not summaries:
             return forecast_dict(self._forecast())
         measured = {**self._measured(summaries), "so far": self._totals(summaries)}
-        return summaries_to_dict(summaries) | {
-            "measured": {
-                name: [dataclasses.asdict(line) for line in lines]
-                for name, lines in measured.items()
+        kept = {} if self.prompt_cache is None else {"prompt_cache": self.prompt_cache.to_dict()}
+        return (
+            summaries_to_dict(summaries)
+            | kept
+            | {
+                "measured": {
+                    name: [dataclasses.asdict(line) for line in lines]
+                    for name, lines in measured.items()
+                }
             }
-        }
+        )
 
     def html(self) -> str:
         """A page to look at: one file, which loads nothing."""
@@ -71,7 +80,11 @@ class PlanReport:
         if not summaries:
             found = self._forecast()
             return page(forecast_chapters(found), forecast_cover(found))
-        return page(self._chapters(summaries), run_cover(self.runner))
+        cover = run_cover(self.runner)
+        if self.prompt_cache is not None:
+            said = self.prompt_cache.text().splitlines()
+            cover = dataclasses.replace(cover, lines=(*cover.lines, *said))
+        return page(self._chapters(summaries), cover)
 
     def perfetto(self) -> str:
         """A trace for Perfetto and chrome://tracing, as JSON text."""

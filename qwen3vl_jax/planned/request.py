@@ -24,6 +24,7 @@ class Request:
     `max_context` is for how many tokens a row has room, by default for no more than these. `frames`
     are pictures that are patches already, each (1, rows, columns); their marks are in the text.
     With `block_slots` the KV cache is in blocks of so many tokens, of which full ones rest on disk.
+    `kv` is how it is stored: raw or int8.
 
     Raises:
         UsageError: a number out of range.
@@ -36,6 +37,7 @@ class Request:
     max_context: int | None = None
     frames: tuple[Grid, ...] = ()
     block_slots: int | None = None
+    kv: str = "raw"
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch"):
@@ -100,8 +102,8 @@ class Request:
         return wanted
 
 
-def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int) -> Request:
-    """What a processor's arrays and an answer of so many tokens ask for."""
+def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int, kv: str) -> Request:
+    """What a processor's arrays and an answer of so many tokens ask for, of a cache stored so."""
     rows, tokens = np.asarray(inputs["input_ids"]).shape
     frames = tuple(
         (1, int(height), int(width))
@@ -110,4 +112,5 @@ def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int) -> Re
         for _ in range(int(groups))
     )
     pictures = sum(height * width for _, height, width in frames) // config.vision.merged_patches
-    return Request(max(1, tokens - pictures // rows), new_tokens, batch=rows, frames=frames)
+    tokens = max(1, tokens - pictures // rows)
+    return Request(tokens, new_tokens, batch=rows, frames=frames, kv=kv)

@@ -25,6 +25,7 @@ from memsched.tracing.steps import Known
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import SMALLEST_CAPACITY, CacheForm
+from qwen3vl_jax.cache_rows import Blocks, row_dtype
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
@@ -75,38 +76,38 @@ class PlannedRunner:
         granularity: Granularity = WHOLE_LAYERS,
         encodings: Encodings = NOTHING_ENCODED,
         plan_seconds: float | None = None,
+        kv: str = "raw",
     ) -> None:
         """Opens the tiers; nothing is read yet. `network` is shapes; `entries` are its weights."""
         self.chunk_tokens = chunk_tokens
         self.machine = machine
         self._network = network
         self.config = config
-        self._rows = rows
+        self._rows, self.kv = rows, kv
         self.cost = cost or Roofline()
         self.plan_seconds = RUN_PLAN_S if plan_seconds is None else plan_seconds
         self._cut(granularity)
-        self._known = Known()
         self._expected: tuple[CacheShapes, int] | None = None
-        self._others_bytes = 0  # of caches that wait for their next turn
-        self._living = Living()
+        self.others_bytes = 0  # of caches that wait for their next turn
+        self._known, self._living = Known(), Living()
         self._nvme_dir, self._max_context = nvme_dir, max_context
         self._group: dict[Key, Traced] = {}
         self._plans: dict[Key, Planned] = {}
         self._bridges: dict[tuple[Any, ...], tuple[Program, Plan]] = {}
-        self._cache_bytes = 0
+        self.cache_bytes = 0
         self._latest: Key | None = None
         self._adopted: SavedPlans | None = None
         self.tallies: dict[int, Tally] = {}  # by the identity of plans, which it keeps
         self.watcher: Watcher | None = None
         self.passing = threading.RLock()  # held during a pass; budgets change between two
         self.encodings = encodings
-        self._specs = weight_specs(entries, encodings, self.dtype)
+        self.specs = weight_specs(entries, encodings, self.dtype)
         self.owned = contextlib.ExitStack()  # what is closed with this
         self.spans: dict[str, tuple[Span, ...]] = {}
         self.executor = Executor(
             machine, sources, nvme_dir=nvme_dir, nvme_space_bytes=nvme_space_bytes
         )
-        self._shelf = Shelf(self.executor, self._specs)
+        self._shelf = Shelf(self.executor, self.specs)
 
     @property
     def dtype(self) -> np.dtype:
@@ -135,7 +136,7 @@ class PlannedRunner:
         grows = machine.tier(arena_tier(machine)).capacity_bytes > self.executor.arena_bytes
         moving = arena_tier(machine) if grows else None
         entries = [planned.entry for planned in plans.values()]
-        self._move(staying(self.executor.held, entries, self._specs, moving), ())
+        self.move(staying(self.executor.held, entries, self.specs, moving), ())
         self.executor.limit(machine)
         self.machine, self._group, self._plans = machine, group, plans
         self._bridges = {}
@@ -160,24 +161,23 @@ class PlannedRunner:
         """
         capacity = within_context(capacity, self._max_context)
         self._forget_dropped()
-        shapes = CacheShapes(self.config, self.dtype, batch, bucket(capacity, SMALLEST_CAPACITY))
-        block = block_shape(self.config.text, batch, self.dtype)
+        kind = self.config, self.dtype, row_dtype(self.kv, self.dtype), batch
+        shapes = CacheShapes(*kind, bucket(capacity, SMALLEST_CAPACITY))
+        block = block_shape(self.config.text, batch, shapes.row_dtype)
         chooses = self._nvme_dir is not None and self._adopted is None
         if chooses and shapes.slots > block[2] and not self._fits(shapes):
             count = blocks_for(capacity, block[2])
-            shapes = CacheShapes(self.config, self.dtype, batch, count * block[2], block[2])
+            shapes = CacheShapes(*kind, count * block[2], block[2])
             self._rehearse(shapes.with_one_block())
             self.executor.reserve((count - 1) * shapes.block_bytes)
         self._take_turns(shapes, self._living.nbytes_beside(()))
         if self.executor.held and self._adopted is None:
             key = next(key for key in self._group if key[0] == "decode")
             self._bring(self._plans.get(key) or self._plan_group()[key])
-        return CacheForm(batch, shapes.slots, shapes.block_slots)
+        return CacheForm(batch, shapes.slots, shapes.row_dtype, shapes.block_slots)
 
     @alone
-    def seal(
-        self, name: str, block: Float[Array, "2 BK L D"]
-    ) -> tuple[Any, Float[Array, "2 BK L D"]]:
+    def seal(self, name: str, block: Blocks) -> tuple[Any, Blocks]:
         """Writes the block to disk, from where plans bring it as they do weights.
 
         Raises:
@@ -197,8 +197,8 @@ class PlannedRunner:
         if self._adopted is not saved:
             self._adopted = saved
             self._cut(saved.granularity)
-        key = self._join(self._phases[phase], arrays)
-        traced = self._group[key].knowing(saved.known(self._specs))
+        key = self._join(self.phases[phase], arrays)
+        traced = self._group[key].knowing(saved.known(self.specs))
         plan = saved.plan_of(phase, arrays, traced.program, self.machine)
         self._plans[key] = Planned(traced, plan)
         self.executor.prepare(plan, traced.program, traced.kernels)
@@ -280,17 +280,17 @@ class PlannedRunner:
         """Begins anew with a token of such a cache, while others take so many bytes."""
         if self._expected == (shapes, others_bytes):
             return
-        self._expected, self._others_bytes = (shapes, others_bytes), others_bytes
-        self._cache_bytes = shapes.cache_bytes
+        self._expected, self.others_bytes = (shapes, others_bytes), others_bytes
+        self.cache_bytes = shapes.cache_bytes
         self._group, self._plans, self._bridges = {}, {}, {}
-        known = self._phases if shapes.block_slots is None else self._long_phases
+        known = self.phases if shapes.block_slots is None else self.long_phases
         self._join(known["decode"], shapes.decode())
-        self._join(self._phases["scores"], scores_shapes(self.config, shapes.batch, self.dtype))
+        self._join(self.phases["scores"], scores_shapes(self.config, shapes.batch, self.dtype))
 
     def _rehearse(self, shapes: CacheShapes) -> None:
         """Plans a whole chunk of a prompt, and a token; DoesNotFitError if there is no plan."""
         self._take_turns(shapes, self._living.nbytes_beside(()))
-        known = self._phases if shapes.block_slots is None else self._long_phases
+        known = self.phases if shapes.block_slots is None else self.long_phases
         tokens = min(self.chunk_tokens, shapes.block_slots or shapes.slots)
         self._join(known["prefill"], shapes.prefill(tokens))
         self._together(self._group, self.machine)
@@ -311,8 +311,8 @@ class PlannedRunner:
 
     def _cut(self, granularity: Granularity) -> None:
         """Traces phases with layers cut into these steps from now on, whatever a caller's are."""
-        self._phases = phases(self.config, granularity)
-        self._long_phases = long_phases(self.config, granularity)
+        self.phases = phases(self.config, granularity)
+        self.long_phases = long_phases(self.config, granularity)
         self._traced: dict[Key, Traced] = {}
 
     def _join(self, phase: Phase, arrays: tuple[Any, ...]) -> Key:
@@ -324,15 +324,15 @@ class PlannedRunner:
         if alike not in self._traced:
             if len(self._traced) >= MOST_TRACED:
                 del self._traced[next(iter(self._traced))]
-            own = self._long_phases if "blocks" in phase.arrays else self._phases
+            own = self.long_phases if "blocks" in phase.arrays else self.phases
             self._traced[alike] = trace_phase(own[phase.name], self._network, arrays, self._known)
         shapes = [other for other in self._group if other[0] == phase.name]
         if len(shapes) >= MOST_ALIKE:
             del self._group[shapes[0]]
         traced = self._traced[alike].calling(leaves)
         # The caches of a conversation lie there even while a phase does not touch them.
-        idle_bytes = 0 if traced.program.of_kind("cache") else self._cache_bytes
-        self._group[key] = traced.beside(idle_bytes + self._others_bytes)
+        idle_bytes = 0 if traced.program.of_kind("cache") else self.cache_bytes
+        self._group[key] = traced.beside(idle_bytes + self.others_bytes)
         return key
 
     def _replanned(self, machine: Machine) -> tuple[dict[Key, Traced], dict[Key, Planned]]:
@@ -376,18 +376,18 @@ class PlannedRunner:
 
     def _bring(self, planned: Planned) -> None:
         """Moves weights to where the plan wants them; reading goes on in the background."""
-        self._move(planned.entry, planned.traced.program.steps)
+        self.move(planned.entry, planned.traced.program.steps)
 
-    def _move(self, wanted: tuple[Residence, ...], steps: Sequence[Step]) -> None:
+    def move(self, wanted: tuple[Residence, ...], steps: Sequence[Step]) -> None:
         """Frees weights that lie elsewhere, and brings those missing in the order of use."""
         held = self.executor.held
         if set(held) == set(wanted):
             return
         if (held, wanted) not in self._bridges:
             order = [name for step in steps for name in step.reads]
-            home = [Residence(name, NVME) for name in self._specs]
+            home = [Residence(name, NVME) for name in self.specs]
             self._bridges[held, wanted] = bridge(
-                [*home, *held], [*home, *wanted], self._specs, self.machine, order
+                [*home, *held], [*home, *wanted], self.specs, self.machine, order
             )
         program, plan = self._bridges[held, wanted]
         before = self.executor.read_bytes, self.executor.written_bytes

@@ -23,7 +23,7 @@ def adopt(model: Qwen3VL, saved: SavedPlans, inputs: Mapping[str, Any], new_toke
         PlanError: a plan breaks a rule.
     """
     runner, config = planned_runner(model), model.config
-    request = request_of(config, inputs, new_tokens)
+    request = request_of(config, inputs, new_tokens, runner.kv)
     works = works_of(config, request, runner.dtype)
     for work in works:
         if (work.phase, shapes_of(work.arrays)) not in saved.plans:

@@ -24,7 +24,7 @@ Shape = jax.ShapeDtypeStruct
 def cache_shapes(
     config: Config, batch: int, capacity: int, dtype: DTypeLike
 ) -> tuple[LayerCache, ...]:
-    """The layers of a KV cache, with shapes in the place of arrays."""
+    """The layers of a KV cache with rows of `dtype`, with shapes in the place of arrays."""
     return jax.eval_shape(
         lambda: new_cache(config.text, batch=batch, capacity=capacity, dtype=dtype).layers
     )
@@ -32,13 +32,15 @@ def cache_shapes(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CacheShapes:
-    """A KV cache of a batch, before there is one. `slots` are used and free ones.
+    """A KV cache of a batch, before there is one. `slots` are used and free ones. `dtype` is the
+    model's, `row_dtype` that of what lies in the cache.
 
     One in blocks has `block_slots`, and of every layer the names of its full blocks.
     """
 
     config: Config
     dtype: np.dtype
+    row_dtype: np.dtype
     batch: int
     slots: int
     block_slots: int | None = None
@@ -50,13 +52,13 @@ class CacheShapes:
         blocks, current = given.get("blocks"), jax.tree.leaves(given["cache"])[0]
         batch, slots = given["valid"].shape
         if blocks is None:
-            return cls(config, dtype, batch, slots)
+            return cls(config, dtype, current.dtype, batch, slots)
         names = tuple(map(sealed_names, blocks))
-        return cls(config, dtype, batch, slots, current.shape[2], names)
+        return cls(config, dtype, current.dtype, batch, slots, current.shape[2], names)
 
     def with_a_way_out(self, error: DoesNotFitError) -> DoesNotFitError:
         """A refusal with the option that would help, if the cache is large."""
-        if self.slots <= block_shape(self.config.text, self.batch, self.dtype)[2]:
+        if self.slots <= block_shape(self.config.text, self.batch, self.row_dtype)[2]:
             return error
         way = f"{error}; with --nvme-dir the KV cache of {self.slots:,} tokens may rest on disk"
         return DoesNotFitError(way, error.smallest)
@@ -69,8 +71,8 @@ class CacheShapes:
     @property
     def block_bytes(self) -> int:
         """One block of every layer."""
-        shape = block_shape(self.config.text, self.batch, self.dtype, self.block_slots)
-        return self.config.text.num_hidden_layers * math.prod(shape) * self.dtype.itemsize
+        shape = block_shape(self.config.text, self.batch, self.row_dtype, self.block_slots)
+        return self.config.text.num_hidden_layers * math.prod(shape) * self.row_dtype.itemsize
 
     @property
     def cache_bytes(self) -> int:
@@ -108,13 +110,13 @@ class CacheShapes:
         """As `KVCache.parts`."""
         text, valid = self.config.text, Shape((self.batch, self.slots), jnp.bool_)
         if self.block_slots is None:
-            return cache_shapes(self.config, self.batch, self.slots, self.dtype), valid
-        shape = block_shape(text, self.batch, self.dtype, self.block_slots)
+            return cache_shapes(self.config, self.batch, self.slots, self.row_dtype), valid
+        shape = block_shape(text, self.batch, self.row_dtype, self.block_slots)
         full = tuple(
-            tuple(Sealed(name, shape, self.dtype) for name in names)
+            tuple(Sealed(name, shape, self.row_dtype) for name in names)
             for names in self.full or ((),) * text.num_hidden_layers
         )
-        current = tuple(Shape(shape, self.dtype) for _ in range(text.num_hidden_layers))
+        current = tuple(Shape(shape, self.row_dtype) for _ in range(text.num_hidden_layers))
         return full, current, valid
 
 

@@ -119,7 +119,7 @@ def _change(case: Case, kind: type[Action], **fields: Any) -> Plan:
     places = [index for index, action in order if isinstance(action, kind)]
     if places:
         index = int(case.one(places))
-        order[index] = (index, dataclasses.replace(order[index][1], **fields))
+        order[index] = (index, order[index][1]._replace(**fields))
     return rebuilt(case.plan, order)
 
 
@@ -155,7 +155,7 @@ def _residences(case: Case, rests: tuple[Residence, ...]) -> tuple[Residence, ..
         return (*rests, Residence(case.array(), case.tier(), offset=case.offset()))
     field = case.one(["array", "tier", "codec", "offset", "offset"])
     value = {"array": case.array(), "tier": case.tier(), "codec": "int8", "offset": case.offset()}
-    return (*rests[:at], dataclasses.replace(rests[at], **{field: value[field]}), *rests[at + 1 :])
+    return (*rests[:at], rests[at]._replace(**{field: value[field]}), *rests[at + 1 :])
 
 
 def _both(case: Case) -> Plan:

@@ -24,12 +24,18 @@ def test_a_level_is_what_its_file_says(tmp_path: Path) -> None:
     assert found.with_budget(0.125) == Level("tiny", 0.125, 0.25, ("int8", "int4:32"))
 
 
+def test_a_level_may_say_how_caches_are_stored(tmp_path: Path) -> None:
+    assert load_level(written(tmp_path, TINY + 'kv = "int8"\n')).kv == "int8"
+    assert load_level(written(tmp_path, TINY)).kv == "raw"
+
+
 def test_three_levels_come_along_each_with_a_larger_budget() -> None:
     minimal, balanced, aggressive = (
         load_level(LEVELS / f"{name}.toml") for name in ("minimal", "balanced", "aggressive")
     )
     assert (minimal.error_budget, minimal.codecs) == (0.0, ())
     assert 0 < balanced.error_budget < aggressive.error_budget
+    assert (minimal.kv, balanced.kv, aggressive.kv) == ("raw", "raw", "int8")
     assert set(balanced.codecs) | set(aggressive.codecs) <= CODECS.keys()
     assert {path.stem for path in LEVELS.iterdir()} == {"minimal", "balanced", "aggressive"}
 
@@ -52,6 +58,7 @@ def test_a_level_that_comes_along_says_what_it_means(path: Path) -> None:
         ("int4:32", "int5", "codec 'int5' is unknown; did you mean"),
         ("int4:32", "int8", "codecs must each be named once"),
         ("int4:32", "raw", "raw, which needs no name"),
+        ("codecs", 'kv = "int4"\ncodecs', "kv must be raw or int8, found int4"),
         ("=", ":", "not TOML"),
     ],
 )

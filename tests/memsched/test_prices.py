@@ -14,6 +14,8 @@ DECODER = decoder()
 SHARE = 0.01
 # Of the seconds: HiGHS stops there.
 SOLVED = 1e-6
+# What is copied beside a step counts in the time of both: in times the bound is a little curved.
+CURVED = 0.02
 MACHINES = {
     "disk": computer(device=1_500_000_000),
     "fast disk": computer(device=1_500_000_000, disk_bytes_per_s=12e9),
@@ -36,7 +38,10 @@ def with_host(masses: Masses, share: float) -> Masses:
 
 
 def with_compute(masses: Masses, share: float) -> Masses:
-    return dataclasses.replace(masses, compute_s=masses.compute_s * (1 - share))
+    windows = tuple(
+        dataclasses.replace(one, seconds=one.seconds * (1 - share)) for one in masses.windows
+    )
+    return dataclasses.replace(masses, compute_s=masses.compute_s * (1 - share), windows=windows)
 
 
 def with_arrival(masses: Masses, share: float) -> Masses:
@@ -92,11 +97,12 @@ def test_prices_agree_with_solving_again_one_percent_up_and_down(name: str) -> N
         down_s = solve(change(masses, -SHARE)).seconds - now_s
         priced_s = gained_s(masses, key, SHARE)
         # Less costs more than more brings: the price lies between, also where there is a kink.
-        assert up_s - SOLVED * now_s <= priced_s <= down_s + SOLVED * now_s, key
+        rounding_s = SOLVED * now_s + (0.0 if key in (DEVICE, HOST) else CURVED * priced_s)
+        assert up_s - rounding_s <= priced_s <= down_s + rounding_s, key
         if down_s - up_s <= 0.01 * down_s:
             smooth += 1
-            assert priced_s == pytest.approx(up_s, rel=0.01, abs=SOLVED * now_s), key
-            assert priced_s == pytest.approx(down_s, rel=0.01, abs=SOLVED * now_s), key
+            assert priced_s == pytest.approx(up_s, rel=0.01, abs=rounding_s), key
+            assert priced_s == pytest.approx(down_s, rel=0.01, abs=rounding_s), key
         dear += priced_s > 1e-4 * now_s
     assert smooth >= 2
     assert dear >= 1

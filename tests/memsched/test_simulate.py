@@ -1,7 +1,5 @@
 """Predicted times, against times worked out by hand."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from programs import array, program, tiny_machine
@@ -111,7 +109,7 @@ def test_where_nothing_slows_anything_down_sharing_changes_no_time() -> None:
     for _ in range(300):
         places = range(6)
         some = [_task(rng, places) for _ in range(40)]
-        slow = [dataclasses.replace(one, slowdown=1.0) for one in some]
+        slow = [one._replace(slowdown=1.0) for one in some]
         assert share(slow) == _rounds(slow, 1)[0]
 
 
@@ -137,7 +135,7 @@ def test_blocks_that_are_read_together_end_together() -> None:
     large = Task(1, 6.0, (), (0,), 1.0, blocks=6, depth=4)
     small = Task(1, 1.0, (), (1,), 1.0, blocks=1, depth=4)
     # Four blocks of the first, then its last two with the small one and one of what follows it.
-    last = dataclasses.replace(large, gives=(2,))
+    last = large._replace(gives=(2,))
     assert share([large, small, last]) == [(0.0, 8.0), (4.0, 8.0), (4.0, 13.0)]
     # Alone it would have been there as soon as it is read.
     assert share([large, small]) == [(0.0, 7.0), (4.0, 7.0)]

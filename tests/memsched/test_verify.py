@@ -500,7 +500,7 @@ def test_empty_arrays_take_no_place() -> None:
         "",
         held,
         actions,
-        (*held[:3], dataclasses.replace(held[3], offset=128)),
+        (*held[:3], held[3]._replace(offset=128)),
         {1: 128},
     )
     assert verify(plan, empty, tiny_machine())["device"] == 256

@@ -89,10 +89,15 @@ class Remembering:
     def new_cache(self, *, batch: int, capacity: int) -> Any:
         return self._cache([[] for _ in range(batch)], capacity)
 
-    def encode(self, inputs: dict[str, Any]) -> None:
+    def recall(self, inputs: dict[str, Any], cache: Any) -> None:
         return None
 
-    def prefill(self, inputs: dict[str, Any], cache: Any, *, features: None) -> tuple[Any, Any]:
+    def encode(self, inputs: dict[str, Any], *, recall: None) -> None:
+        return None
+
+    def prefill(
+        self, inputs: dict[str, Any], cache: Any, *, features: None, recall: None
+    ) -> tuple[Any, Any]:
         scores, cache = self._take(np.asarray(inputs["input_ids"]), cache)
         return jnp.array(scores[:, -1]), cache
 

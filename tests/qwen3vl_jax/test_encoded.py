@@ -1,5 +1,6 @@
 """Products with packed int8 and int4 weights against NumPy in float64, and through the model."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -143,17 +144,24 @@ def test_few_rows_are_the_product_with_the_numbers_that_are_meant(
             assert_product(few(kind, x, packed, name), x, matrix)
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16 processor", "another"])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_are_the_product_with_the_numbers_that_are_meant(
-    kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch, instruction_sets: tuple[str, ...]
+    kind: str,
+    dtype: str,
+    narrow: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    instruction_sets: tuple[str, ...],
 ) -> None:
     assert instruction_sets
+    here = dataclasses.replace(kernels.status(), multiplies_bfloat16=narrow)
+    monkeypatch.setattr(kernels, "status", lambda: here)
     monkeypatch.setattr(products, "TILE_BYTES", 1000)  # several tiles; the last one overlaps
     for outputs, inputs in ((37, 45), (5, 193))[: 2 if dtype == "bfloat16" else 1]:
         packed, matrix = drawn(kind, outputs, inputs)
         x = draw((19, inputs), dtype, 1)
-        assert_product(many(kind, x, packed), x, matrix, ROUNDING[dtype])
+        assert_product(many(kind, x, packed), x, matrix, ROUNDING[dtype] if narrow else 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -261,7 +261,7 @@ def test_a_damaged_chunk_is_noticed_when_the_model_is_loaded(
             "raw",
             {"level": "balanced", "device_memory": "1GB"},
             UsageError,
-            "scripts/convert.py --codec auto --level balanced, and load",
+            "add --nvme-dir, or make a store with scripts/convert.py --codec auto --level balanced",
         ),
     ],
 )

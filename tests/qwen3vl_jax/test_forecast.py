@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -224,19 +225,24 @@ def test_a_group_of_experts_changes_no_byte() -> None:
     assert names <= set(decode.traced.program.arrays)
 
 
-def test_the_2b_is_planned_in_two_seconds_without_a_weight() -> None:
-    # In a process of its own: here every annotation is checked at every call. Two seconds on a core
-    # of 3 GHz that is alone; a busy machine takes up to half as much again.
+@pytest.mark.parametrize(
+    ("model", "machine", "most_s"),
+    [("2b", "i5-10210u-sm61-nvme", 2.0), ("235b-a22b", "desktop-24gb", 30.0)],
+    ids=["2b", "235b"],
+)
+def test_planning_without_a_weight_takes_seconds(model: str, machine: str, most_s: float) -> None:
+    # In a process of its own: here every annotation is checked at every call. Seconds on a core of
+    # 3 GHz; a busy machine takes up to half as much again, so it is tried again.
     command = [
         *(sys.executable, str(ROOT / "scripts" / "plan.py"), "--json", "--machine"),
-        str(ROOT / "configs" / "machines" / "i5-10210u-sm61-nvme.toml"),
-        str(OFFICIAL / "qwen3-vl-2b-instruct.json"),
+        str(ROOT / "configs" / "machines" / f"{machine}.toml"),
+        str(OFFICIAL / f"qwen3-vl-{model}-instruct.json"),
     ]
     seconds: list[float] = []
-    while len(seconds) < 5 and min(seconds, default=9.0) >= 2.0:
+    while len(seconds) < 5 and min(seconds, default=math.inf) >= most_s:
         done = subprocess.run(command, capture_output=True, check=True, env=ENVIRONMENT)
         seconds.append(json.loads(done.stdout.splitlines()[-1])["plan_cpu_seconds"])
-    assert min(seconds) < 3.0
+    assert min(seconds) < most_s
 
 
 class SaysAsMuch(Compiler):

@@ -36,10 +36,15 @@ class TableModel:
     def new_cache(self, *, batch: int, capacity: int) -> Any:
         return types.SimpleNamespace(batch=batch, capacity=capacity, length=0, used=False)
 
-    def encode(self, inputs: dict[str, Any]) -> None:
+    def recall(self, inputs: dict[str, Any], cache: Any) -> None:
         return None
 
-    def prefill(self, inputs: dict[str, Any], cache: Any, *, features: None) -> tuple[Any, Any]:
+    def encode(self, inputs: dict[str, Any], *, recall: None) -> None:
+        return None
+
+    def prefill(
+        self, inputs: dict[str, Any], cache: Any, *, features: None, recall: None
+    ) -> tuple[Any, Any]:
         ids = np.asarray(inputs["input_ids"])
         self.prompts.append(ids.tolist())
         return self._logits(ids[:, -1]), self._next(cache, ids.shape[1])

@@ -88,6 +88,7 @@ def started(code: str) -> subprocess.Popen[str]:
     return child
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_a_process_that_is_inside_one_long_call() -> None:
     child = started(LONG_CALL)
     time.sleep(0.3)  # on a busy machine the call begins some time after the line before it
@@ -123,6 +124,7 @@ def test_ctrl_c_in_a_callback_ends_the_process_and_prints_no_traceback() -> None
     assert complaints == "\ninterrupted\n"
 
 
+@pytest.mark.alone
 def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop() -> None:
     child = started(STUCK_ANSWER)
     child.send_signal(signal.SIGINT)

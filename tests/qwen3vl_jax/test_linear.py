@@ -243,8 +243,8 @@ def test_a_program_for_another_platform_calls_no_kernel() -> None:
 def test_no_copy_of_a_weight_in_float32_is_made(rows: int, dtype: str) -> None:
     weight = jax.ShapeDtypeStruct((4096, 1024), jnp.dtype(dtype))
     x = jax.ShapeDtypeStruct((rows, 1024), jnp.dtype(dtype))
-    for instruction_set in {None, kernels.instruction_set()}:
-        product = FORMULATIONS[formulation(rows, dtype, instruction_set=instruction_set)]
+    for kernel in {False, kernels.usable()}:
+        product = FORMULATIONS[formulation(rows, dtype, kernel=kernel, widen=kernels.widen())]
         memory = jax.jit(product).lower(x, weight).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 4096 * 1024 * 4 / 2
 
@@ -265,8 +265,7 @@ def test_the_chosen_formulation_is_still_the_fast_one(kernel: bool, rows: int, d
         for name, product in FORMULATIONS.items()
         if kernel or name not in NEED_KERNELS
     }
-    instruction_set = kernels.instruction_set() if kernel else None
-    chosen = formulation(rows, dtype, instruction_set=instruction_set)
+    chosen = formulation(rows, dtype, kernel=kernel, widen=kernels.widen())
     best = dict.fromkeys(steps, float("inf"))
     # The least of many short runs in turn survives a busy machine; more runs where it does not.
     for number in range(ROUNDS):

@@ -340,6 +340,7 @@ def test_another_model_is_refused(store: Path) -> None:
         Store(store, load_config(store))
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_reading_at_once(tmp_path: Path) -> None:
     stored = write_array(tmp_path, "a", np.zeros((64, 1024), np.float32))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qwen3vl_jax import Qwen3VL, kernels, load_config
-from qwen3vl_jax.benchmark import checkpoint, machine, peer, work
+from qwen3vl_jax.benchmark import checkpoint, machine, peer, variants, work
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "configs" / "models"
@@ -70,8 +70,46 @@ def test_the_report_is_complete_and_its_numbers_agree(
     assert parts[0]["flops"] + parts[1]["flops"] == parts[2]["flops"]
     assert found["decode_tokens_per_s"] == pytest.approx(1 / found["phases"]["decode"]["seconds"])
     assert found["tokens_agree"] is None
+    assert found["variants"] == {}
     assert found["load_s"] is None
     assert found["made_s"] > 0
+
+
+def test_codecs_run_in_turn_and_their_scores_are_compared(
+    bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codecs = ("--codec", "int8", "--codec", "int4", "--kv", "int8")
+    arguments = ["--size", str(DENSE), "--layers", "2", "--dtype", "float32", *SHORT, *codecs]
+    assert bench.main(arguments) == 0
+    output = capsys.readouterr().out
+    found = json.loads(output.splitlines()[-1])
+    others = found["variants"]
+    assert list(others) == ["int8", "int4", "kv int8"]
+    assert all(name in output for name in others)
+    nbytes = [found["weight_bytes"], *(one["weight_bytes"] for one in others.values())]
+    assert nbytes[0] == nbytes[3] > nbytes[1] > nbytes[2]
+    assert 1 > others["int8"]["cosine"] > others["int4"]["cosine"] > 0.9
+    assert 1 > others["kv int8"]["cosine"] > 0.999
+    assert 0 < others["int8"]["kl"] < others["int4"]["kl"]
+    for phase in ("prefill", "decode"):
+        taken = found["phases"][phase]["seconds"]
+        for one in others.values():
+            # One round: a median of one.
+            assert one[phase]["times_as_fast"] == pytest.approx(taken / one[phase]["seconds"])
+
+
+def test_the_distance_of_scores_is_that_of_its_definition() -> None:
+    # Of shares 1/2, 1/2 from 3/4, 1/4; what is added to all scores changes nothing.
+    raw, other = np.log([[0.75, 0.25]]), np.log([[0.5, 0.5]]) + 7
+    found = variants.distance(
+        raw.astype(np.float32), (other + np.array([[1e-3, 0]])).astype(np.float32)
+    )
+    assert found.kl == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), abs=1e-3)
+    assert found.cosine == pytest.approx(1.0)
+    turned = variants.distance(np.array([[1.0, -1, 0, 0]]), np.array([[0, 0, 1.0, -1]]))
+    assert turned.cosine == pytest.approx(0.0)
+    same = variants.distance(raw, raw)
+    assert (same.cosine, same.kl) == (pytest.approx(1.0), pytest.approx(0.0))
 
 
 def test_a_prompt_without_a_picture_has_no_vision(
@@ -115,8 +153,9 @@ def test_a_comparison_without_torch_is_refused_at_once(
         (["--size", str(DENSE), "--image", "50x64"], "--image 50x64: both must be multiples of 32"),
         (["--image", "50"], "50: a size like 448x448, or none, is wanted"),
         (["--repeats", "0"], "0 is less than 1"),
+        (["--size", str(DENSE), "--codec", "int5"], "codec 'int5' is unknown"),
     ],
-    ids=["size", "layers", "picture", "no picture", "repeats"],
+    ids=["size", "layers", "picture", "no picture", "repeats", "codec"],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     arguments: list[str], says: str, bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
@@ -220,6 +259,20 @@ def test_the_formulations_report_compares_packed_weights_with_raw_ones(
     assert (case["codec"], case["rows"]) == ("int4:32", 1)
     assert case["chosen"] in case["GB_per_s"]
     assert case["against_raw"] > 0
+
+
+def test_the_formulations_report_compares_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--slots", "70", "--rows", "1", "9", "--repeats", "1", "--dtype", "float32"]
+    assert script("bench_formulations").main(arguments) == 0
+    cases = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    assert [case["rows"] for case in cases] == [1, 9]
+    for case in cases:
+        taken = case["milliseconds"]
+        assert case["against_raw"] == pytest.approx(taken["raw"] / taken["int8"])
+        # Keys and values of eight heads: 128 numbers, or codes and their scale.
+        speeds = case["GB_per_s"]
+        assert speeds["raw"] * taken["raw"] == pytest.approx(2 * 8 * 70 * 128 * 4 / 1e6)
+        assert speeds["int8"] * taken["int8"] == pytest.approx(2 * 8 * 70 * 132 / 1e6)
 
 
 def test_the_formulations_report_names_the_chosen_one(capsys: pytest.CaptureFixture[str]) -> None:

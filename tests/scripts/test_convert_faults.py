@@ -86,6 +86,7 @@ def test_work_with_another_codec_starts_afresh(made: Path, monkeypatch: pytest.M
     assert nothing_left(made)
 
 
+@pytest.mark.alone
 def test_ctrl_c_is_answered_within_a_second_and_the_work_goes_on(tmp_path: Path) -> None:
     factory.checkpoint(tmp_path / "hf", shards=2)
     trials = killer(tmp_path / "hf", tmp_path, 4, signal.SIGINT)

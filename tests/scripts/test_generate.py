@@ -96,6 +96,33 @@ def test_json_is_one_object_on_the_last_line_with_the_published_keys(
     assert (out, err) == (report["text"] + "\n", "")
 
 
+def test_a_prompt_that_comes_again_is_restored_and_both_predictions_are_said(
+    script: Any, endless: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture, folder = tmp_path / "picture.png", tmp_path / "cache"
+    picture.write_bytes(png())
+    arguments = ["--model", endless, "--image", str(picture), "-p", "What is it?", "-n", "5"]
+    reports, said = [], []
+    for more in ([], *[["--prompt-cache", str(folder)]] * 2):
+        assert script.main([*arguments, "--json", *more]) == 0
+        out, err = capsys.readouterr()
+        reports.append(json.loads(out.splitlines()[-1]))
+        said.append([line for line in err.splitlines() if line.startswith("Prompt cache: ")])
+    assert [report["tokens"] for report in reports[1:]] == [reports[0]["tokens"]] * 2
+    assert reports[0]["prompt_cache"] is None
+    kept, restored = (report["prompt_cache"]["parts"] for report in reports[1:])
+    assert [part["restored"] for part in kept] == [False, False]
+    assert all(part["stored_bytes"] > part["nbytes"] > 0 for part in kept)
+    assert [(part["restored"], part["needed"]) for part in restored] == [
+        (True, True),
+        (False, False),
+    ]
+    assert all(0 < part["restoring_s"] < part["computing_s"] for part in restored)
+    assert [len(lines) for lines in said] == [0, 1, 1]
+    assert "0 of 2 parts restored, 0 not needed" in said[1][0]
+    assert "1 of 2 parts restored" in said[2][0]
+
+
 @pytest.mark.usefixtures("loaded")
 def test_a_picture_a_file_and_stdin_give_the_same_answer(
     script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,6 +314,8 @@ def test_files_of_plans_are_refused_before_anything_is_read(
         (["--interactive", "--json"], "drop --interactive"),
         (["--interactive", "-p", "-"], "reads from stdin"),
         (["-p", "x", "--gpu-memory", "4GB"], "unrecognized arguments"),
+        (["-p", "x", "--prompt-cache", "y", "--dry-run"], "drop one of them"),
+        (["-p", "x", "--prompt-cache-space", "1GB"], "give --prompt-cache DIR"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -31,6 +31,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ---- as a program ----
 
 
+@pytest.mark.alone
 def test_help_and_version_answer_within_half_a_second_from_anywhere(tmp_path: Path) -> None:
     for flag, says in (("--help", "--max-new-tokens"), ("--version", "qwen3vl-jax")):
         seconds: list[float] = []
@@ -94,6 +95,7 @@ def interrupted(child: subprocess.Popen[bytes]) -> float:
     return time.monotonic() - sent
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> None:
     with started("--model", endless, "-p", "x", "-n", "4000") as child:
         assert child.stdout is not None
@@ -103,6 +105,7 @@ def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> N
         assert child.communicate()[1].count(b"\n") <= 3
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("delay_s", [0.0, 0.8])
 def test_ctrl_c_ends_with_130_within_a_second_while_loading_or_compiling(
     endless: str, delay_s: float

@@ -76,6 +76,27 @@ def test_what_does_not_fit_ends_with_3_and_a_budget_that_does(
     assert script().main([*COMMON, "--device-memory", str(least)]) == 0
 
 
+def test_a_level_says_which_codec_each_array_gets_and_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {}
+    for level in ("minimal", "balanced", "aggressive"):
+        arguments = [*COMMON, "--device-memory", "1500KB", "--level", level, "--json"]
+        assert script().main(arguments) == 0
+        found[level] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["codec"] for row in found["minimal"]["arrays"]} == {"raw"}
+    seconds = [data["phases"]["decode"]["seconds"] for data in found.values()]
+    assert seconds[0] > seconds[1] > seconds[2]
+    for level, budget in (("balanced", 0.05), ("aggressive", 0.2)):
+        data = found[level]
+        assert 0 < data["predicted_error"] <= data["error_budget"] == budget
+        codecs = {row["name"]: (row["codec"], row["why"]) for row in data["arrays"]}
+        assert len({codec for codec, _ in codecs.values()}) > 1
+        for name, (codec, why) in codecs.items():
+            if name.endswith("_proj.weight") and "language_model" in name:
+                assert f"; {codec}: " in why
+
+
 def test_a_trace_and_a_plan_are_written(tmp_path: Path) -> None:
     trace, plans = tmp_path / "plan.perfetto.json", tmp_path / "plans.json"
     assert script().main([*COMMON, "--report", str(trace), "--save-plan", str(plans)]) == 0
@@ -108,6 +129,7 @@ def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
         ((*COMMON, "--batch", "0"), 2, "less than 1"),
         ((*COMMON, "--report", "plan.pdf"), 2, ".json, .txt, .html"),
         ((*COMMON, "--sweep", "luck=1..2"), 2, "device-memory, host-memory"),
+        ((*COMMON, "--sweep", "batch=1..2", "--level", "balanced"), 2, "drop --level"),
         ((*COMMON, "--compare", "a.json", "b.json"), 2, "nothing else"),
         (("--compare", "nowhere.json", "b.json"), 4, "nowhere.json"),
         ((COMMON[0], "--aot"), 2, "add --machine"),

@@ -23,6 +23,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--demo", "--evaluate", "--out", "x"], "--model DIR"),
         (["--demo", "--evaluate", "--export"], "--model DIR"),
         (["--demo", "--questions", "3"], "--evaluate"),
+        (["--demo", "--kv", "int8"], "--evaluate"),
         (["--demo", "--evaluate", "--questions", "0"], "at least 1"),
     ],
 )

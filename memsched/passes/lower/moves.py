@@ -1,12 +1,12 @@
 """Copies and Frees of weights, each with its place between the steps."""
 
 import dataclasses
+from typing import NamedTuple
 
 from memsched.plan import Copy, Free, Residence
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """A Copy with its slot, if its target is an arena, or a Free."""
 
     action: Copy | Free

@@ -104,10 +104,13 @@ def _before_step(memory: _Memory, base: int, index: int) -> tuple[tuple[str, ...
     leaving: list[str] = []
     coming = tuple(name for name in names if name not in memory.held)
     wanted = sum(memory.needs.device_bytes[name] for name in coming)
-    while memory.used + wanted > memory.budget_bytes:
+    if memory.used + wanted > memory.budget_bytes:
         free = dict.fromkeys(name for name in memory.held if name not in names)
-        leaving.append(memory.policy.victim(free.keys(), base + index))
-        memory.leave(leaving[-1])
+        while memory.used + wanted > memory.budget_bytes:
+            victim = memory.policy.victim(free.keys(), base + index)
+            memory.leave(victim)
+            leaving.append(victim)
+            del free[victim]
     for name in names:
         if name in memory.held:
             memory.policy.used(name, base + index)

@@ -8,10 +8,13 @@ issued and keeps the device busy, unless the ring is too small for that.
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from memsched.machine import DEVICE, HOST, NVME
 from memsched.passes.lower.fifo import Slot, byte_slots, ring_slots
+from memsched.passes.lower.gaps import gap_slots, holds_few
 from memsched.passes.lower.layout import Layout, Pool
 from memsched.passes.lower.moves import Move, Moves
 from memsched.passes.lower.timing import LATEST, Clock, Lane, Times, arrivals, departures
@@ -38,8 +41,7 @@ class _Stream:
     times: Times
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Event:
+class _Event(NamedTuple):
     """A move after step `step`. Moves there happen in the order of `number`, then `rank`."""
 
     step: int
@@ -182,7 +184,9 @@ def _lane(
     if max(nbytes, default=0) > pool.ring_bytes:
         return None
     slots: tuple[Slot, ...]
-    if arena:
+    if arena and layout.wrap == "array" and holds_few(nbytes, pool.ring_bytes):
+        slots = gap_slots(nbytes, pool.ring_bytes, repeat=clock.repeat)
+    elif arena:
         steps = [visit.first for visit in ring]
         slots = ring_slots(nbytes, steps, pool.ring_bytes, wrap=layout.wrap, rounds=rounds)
     else:
@@ -228,7 +232,7 @@ def _fold(needs: Needs, layout: Layout, streams: list[_Stream], clock: Clock) ->
         for event in _events(stream, 2 if stream.target == DEVICE else 1):
             if clock.repeat and event.step < 0:
                 number = min(event.number + count, LATEST)
-                event = dataclasses.replace(event, step=event.step + clock.steps, number=number)
+                event = event._replace(step=event.step + clock.steps, number=number)
             before[event.step + 1].append(event)
         for index, name in enumerate(stream.arrays):
             if clock.repeat and stream.times.comes[index] < 0 <= stream.times.goes[index]:
@@ -236,7 +240,7 @@ def _fold(needs: Needs, layout: Layout, streams: list[_Stream], clock: Clock) ->
     if clock.repeat:
         entry += _resting(needs, layout)
     moves = tuple(
-        tuple(event.move for event in sorted(events, key=lambda e: (e.number, e.rank)))
+        tuple(event.move for event in sorted(events, key=operator.attrgetter("number", "rank")))
         for events in before
     )
     return Moves(tuple(entry), moves, tuple(entry))

@@ -267,9 +267,9 @@ def _dying(needs: Needs, step: Step, index: int) -> tuple[str, ...]:
     return tuple(
         name
         for name in _touched(needs, step)
-        if needs.program.arrays[name].kind not in ("cache", "feature")
+        if (not needs.uses[name] or needs.uses[name][-1] <= index)
+        and needs.program.arrays[name].kind not in ("cache", "feature")
         and name not in needs.program.outputs
-        and (not needs.uses[name] or needs.uses[name][-1] <= index)
     )
 
 

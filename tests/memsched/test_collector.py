@@ -1,0 +1,32 @@
+"""Planning leaves Python's collector of cycles alone, and leaves it as it was."""
+
+import gc
+
+import pytest
+
+from memsched.collector import uncollected
+
+
+def test_no_cycles_are_looked_for_meanwhile_and_again_afterwards() -> None:
+    with uncollected():
+        assert not gc.isenabled()
+        with uncollected():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_an_error_leaves_it_as_it_was() -> None:
+    with pytest.raises(KeyError), uncollected():
+        raise KeyError("a")
+    assert gc.isenabled()
+
+
+def test_who_switched_it_off_finds_it_off() -> None:
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
