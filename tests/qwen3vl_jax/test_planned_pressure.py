@@ -19,6 +19,9 @@ from control_groups import control_group
 from memsched.pressure.observation import margin_bytes
 from qwen3vl_jax import Qwen3VL
 
+# A process that gives memory back too late is killed.
+pytestmark = pytest.mark.alone
+
 CHILD = Path(__file__).with_name("adapt_child.py")
 ROOT = Path(__file__).parents[2]
 HIGH_BYTES = 84_000_000  # holds the model of 67 MB

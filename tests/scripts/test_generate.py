@@ -230,6 +230,7 @@ def test_a_conversation_goes_on_until_quit(
 # ---- plans ----
 
 
+@pytest.mark.alone  # reads ahead that a busy machine has not made are missing in what was read
 def test_a_plan_that_was_written_is_carried_out_and_reported(
     script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -337,9 +338,11 @@ def test_bad_input_is_code_4_and_names_it(
     broken.write_bytes(png()[:200])
     (tmp_path / "latin1.txt").write_bytes("ä".encode("latin-1"))
     stdin(monkeypatch, b"")
+    # Long names are cut in messages, and directories of tests can be long.
+    monkeypatch.chdir(tmp_path)
     for arguments, says in (
-        (["--model", str(tmp_path / "nowhere"), "-p", "x"], "nowhere"),
-        (["--model", MODEL, "-p", "x", "--image", str(broken)], "broken.png"),
+        (["--model", "nowhere", "-p", "x"], "nowhere"),
+        (["--model", MODEL, "-p", "x", "--image", broken.name], "broken.png"),
         (["--model", MODEL, "-p", "x", "--image", str(tmp_path / "no.png")], "no.png"),
         (["--model", MODEL, "-p", "x", "--image", "-"], "bytes"),
         (["--model", MODEL, "--prompt-file", str(tmp_path / "latin1.txt")], "not UTF-8"),
