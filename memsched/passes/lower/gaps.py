@@ -6,6 +6,7 @@ read one, or more of the memory is ring.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 from memsched.passes.lower.fifo import Slot
@@ -34,10 +35,13 @@ def gap_slots(sizes: Sequence[int], ring_bytes: int, *, repeat: bool) -> tuple[S
     those of the next one.
 
     Args:
-        sizes: bytes of each visit.
+        sizes: bytes of each visit, multiples of the arena's alignment; so are all offsets.
         ring_bytes: size of the ring; no visit may be larger.
         repeat: the first visit follows the last one.
     """
+    ring_bytes -= ring_bytes % max(
+        1, math.gcd(*sizes)
+    )  # a place at the end of the ring is aligned, too
     reached = [0, *itertools.accumulate(sizes)]
     starts: list[int] = []
     for index, nbytes in enumerate(sizes):
