@@ -4,7 +4,7 @@ import fcntl
 import functools
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,3 +70,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Qwen3
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Path]":
     """`tiny_checkpoint(name)`: the directory of a checkpoint of tests/tiny.py."""
     return lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def shared_traces() -> Iterator[None]:
+    """Phases of equal shapes are traced once in a module; for modules that plan many models."""
+    from planned_models import share_traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_traces(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def located(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`located(checkpoint)`: its directory, made once."""
+    return functools.cache(lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny")))

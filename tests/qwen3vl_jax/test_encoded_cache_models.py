@@ -1,7 +1,7 @@
 """Models whose KV cache rests as int8: near the raw one, the same bits with and without a plan."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,11 @@ from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.saved import read_plans
 from qwen3vl_jax.planned.saving import adopt, plans_text
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 TOKENS, BLOCK = 20, 16
 SUBJECTS = (("dense", "batch_left"), ("dense_tied", "two_images"), ("moe", "image"))
 LARGE = 5 << 20  # holds any of the checkpoints, and all else
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
 
 
 Open = Callable[..., Qwen3VL]

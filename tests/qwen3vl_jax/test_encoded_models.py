@@ -3,7 +3,7 @@
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,10 @@ from qwen3vl_jax.planned.loading import Budgets
 from qwen3vl_jax.planned.options import LEVELS
 from qwen3vl_jax.planned.request import Request
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PROJECTION = "language_model.layers.1.self_attn.q_proj.weight"
 Located = Callable[[str, str], Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

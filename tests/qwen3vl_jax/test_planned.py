@@ -1,7 +1,7 @@
 """A planned model gives the bits of an unplanned one, whatever it may use of which memory."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.generation import Session
 from qwen3vl_jax.generation_settings import GenerationSettings
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PAGE_BYTES = 4096
 MOST_BYTES = 5 << 20  # holds any of the checkpoints, and all else
 BUDGETS = 1
@@ -35,13 +37,6 @@ SUBJECTS = (
 )
 Bits = list[tuple[str, tuple[int, ...], bytes]]
 Ran = list[tuple[Plan, Program]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from qwen3vl_jax.chat import Chat
 from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.planned.adapt import adapting
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 TOKENS = 8
 PAGE_BYTES = 4096
 MOST_BYTES = 5 << 20  # holds any of the checkpoints, and all else
@@ -35,18 +37,6 @@ Shares = list[tuple[int, float]]
 CHANGES = st.lists(
     st.tuples(st.integers(1, TOKENS - 1), st.floats(0.0, 1.0)), min_size=1, max_size=3
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def located(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return functools.cache(lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")

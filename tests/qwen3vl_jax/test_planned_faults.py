@@ -24,6 +24,8 @@ from memsched.runtime import loop
 from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.errors import StorageError, WeightError
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 CHILD = Path(__file__).with_name("planned_killed.py")
 ROOT = Path(__file__).parents[2]
 KILLS = 6
@@ -43,13 +45,6 @@ SETTINGS: dict[str, Any] = {
 }
 # About half of the model: every token brings the rest of it.
 BUDGETS: dict[str, Any] = {"device_memory": 450_000, "nvme_space": 1 << 20}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,10 @@ from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.parameters import kv_of
 from qwen3vl_jax.planned import encoded_store
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 REPORT = "encoding_report.json"
 ROOM = "1500KB"  # of 3 to 5 MB of weights
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
 
 
 def options(folder: Path, tiers: int = 2) -> dict[str, Any]:

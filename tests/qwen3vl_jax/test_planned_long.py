@@ -30,6 +30,8 @@ from qwen3vl_jax.planned import runner as runner_module
 from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.request import Request
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 BLOCK = 16
 TOKENS = 20
 SUBJECTS = (("dense", "batch_left", 2), ("dense_tied", "two_images", 3), ("moe", "image", 2))
@@ -54,19 +56,6 @@ SETTINGS: dict[str, Any] = {
     },
     "vision": {"out_hidden_size": 256},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def located(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`located(checkpoint)`: its directory, made once."""
-    return functools.cache(lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A planned model restores within its budgets, and gives the bits that it would have computed."""
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.planned.recalling import Forecaster
 from qwen3vl_jax.planned.runner import PlannedRunner
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 BLOCK = CHUNK = 16
 DEVICE_BYTES = 1_500_000  # the weights take 1.9 MB and more
 SUBJECTS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
@@ -23,19 +24,6 @@ SUBJECTS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("dense", "two_images", 2, {"block_slots": BLOCK}),
     ("moe", "text", 3, {}),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def located(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`located(checkpoint)`: its directory, made once."""
-    return functools.cache(lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,11 @@ from qwen3vl_jax.planned.saved import read_plans
 from qwen3vl_jax.planned.saving import adopt, plans_text
 from qwen3vl_jax.planned.tally import MOVING
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 TOKENS = 3
 # Some weights are streamed; and what is too little for such plans.
 BUDGET, LESS = 1_300_000, 1_200_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        helper.share_traces(patch)
-        yield
 
 
 @pytest.fixture(scope="module")
