@@ -123,8 +123,7 @@ def _product(
 ) -> Float[Array, "rows out"]:
     if isinstance(weight, Encoded):
         return weight.product(rows)
-    here = {"kernel": kernels.usable(), "widen": kernels.widen()}
-    chosen = formulation(rows.shape[0], rows.dtype, **here)
+    chosen = formulation(rows.shape[0], rows.dtype, kernel=kernels.usable(), widen=kernels.widen())
     return contract(rows, weight) if chosen == "contract" else _for_cpu(rows, weight, chosen)
 
 
