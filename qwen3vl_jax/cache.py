@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from qwen3vl_jax.buckets import bucket
-from qwen3vl_jax.cache_rows import Blocks, Rows, as_rows, row_width
+from qwen3vl_jax.cache_rows import Blocks, Rows, as_rows, put, row_width
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import UsageError
 
@@ -141,9 +141,7 @@ def write(
     start: Int[Array, ""],
 ) -> LayerCache:
     """Puts T new tokens into the slots from `start` on."""
-    zero = jnp.int32(0)
-    at = (zero, start, zero)
     return LayerCache(
-        jax.lax.dynamic_update_slice(cache.keys, as_rows(keys, cache.keys.dtype), at),
-        jax.lax.dynamic_update_slice(cache.values, as_rows(values, cache.values.dtype), at),
+        put(cache.keys, as_rows(keys, cache.keys.dtype), start),
+        put(cache.values, as_rows(values, cache.values.dtype), start),
     )

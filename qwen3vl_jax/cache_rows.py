@@ -10,9 +10,10 @@ Letters: BK rows of slots, S slots, D values of a head, W what a row of the cach
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
 from memsched.codecs.levels import KV_CODECS
+from qwen3vl_jax import kernels
 from qwen3vl_jax.arrays import Leaf
 from qwen3vl_jax.errors import UsageError
 
@@ -50,6 +51,17 @@ def as_rows(numbers: Float[Array, "BK T D"], dtype: DTypeLike) -> Array:
     codes = jnp.clip(codes, -HIGHEST, HIGHEST).astype(jnp.int8)
     parts = [jax.lax.bitcast_convert_type(part, jnp.uint8) for part in (codes, scales)]
     return jnp.concatenate([parts[0], parts[1].reshape(*scales.shape[:-1], SCALE_BYTES)], axis=-1)
+
+
+def put(array: Rows, rows: Array, start: Int[Array, ""]) -> Array:
+    """`array` with `rows` [BK, T, W] in its slots from `start` on; in place if it is donated."""
+    if array.dtype != jnp.bfloat16 or not kernels.usable():
+        return _put(array, rows, start)
+    return jax.lax.platform_dependent(array, rows, start, cpu=kernels.put_rows, default=_put)
+
+
+def _put(array: Rows, rows: Array, start: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=1)
 
 
 def factors(

@@ -14,7 +14,7 @@ from memsched.codecs import Codec, Int4, Int8
 from qwen3vl_jax import kernels
 from qwen3vl_jax.kernels import products
 
-FEW_ROWS = {"bfloat16": 16, "float16": 48, "float32": 48}  # at most, for codes in registers to win
+FEW_ROWS = {"bfloat16": 16, "float16": 32, "float32": 32}  # at most, for codes as they lie to win
 
 
 @runtime_checkable
@@ -51,7 +51,8 @@ class Encoded:
 class PackedRows:
     """int8 or int4 codes, row by row: C++ on a CPU where it can be built, else as `plain` does it.
 
-    `plain` reads the same bytes; results agree within rounding. Cannot be differentiated.
+    `plain` reads the same bytes; results agree within the rounding of `rows` to 16 bits
+    (kernels.products). Cannot be differentiated.
     """
 
     bits: int  # 8 or 4
@@ -90,9 +91,10 @@ def format_of(codec: Codec) -> Format:
 def formulation(rows: int, dtype: DTypeLike, *, kernel: bool) -> str:
     """The fastest way on a CPU to multiply with codes; `kernel` says whether there is one.
 
-    Made by scripts/bench_formulations.py on two cores with AVX-512 (DECISIONS.md has the figures):
+    Made by scripts/bench_formulations.py on two cores with AVX2, bfloat16 on two with AVX-512 and
+    instructions for it (DECISIONS.md has the figures):
 
-    | rows              | 1 to 16  | 17 to 48  | more      |
+    | rows              | 1 to 16  | 17 to 32  | more      |
     |-------------------|----------|-----------|-----------|
     | bfloat16          | few_rows | many_rows | many_rows |
     | float16, float32  | few_rows | few_rows  | many_rows |

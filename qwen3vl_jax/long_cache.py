@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.cache import KVCache, LayerCache
-from qwen3vl_jax.cache_rows import Blocks, as_rows, row_width
+from qwen3vl_jax.cache_rows import Blocks, as_rows, put, row_width
 from qwen3vl_jax.config import TextConfig
 from qwen3vl_jax.errors import UsageError
 
@@ -115,7 +115,6 @@ def write_block(
     start: Int[Array, ""],
 ) -> Blocks:
     """Puts T new tokens into the slots of the current block from that of token `start` on."""
-    zero = jnp.int32(0)
     inside = start % jnp.int32(block.shape[2])
-    rows = jnp.stack([as_rows(part, block.dtype) for part in (keys, values)])
-    return jax.lax.dynamic_update_slice(block, rows, (zero, zero, inside, zero))
+    rows = jnp.concatenate([as_rows(part, block.dtype) for part in (keys, values)])
+    return put(block.reshape(-1, *block.shape[2:]), rows, inside).reshape(block.shape)

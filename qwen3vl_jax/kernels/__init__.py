@@ -15,12 +15,13 @@ import platform
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from qwen3vl_jax.kernels.build import BuildError, load_cached
 
 INSTRUCTION_SETS = ("avx512", "avx2")  # the best first
 OPERATIONS = ("linear", "many_rows", "attention", "encoded", "encoded_attention", "decoded")
+PUT_ROWS = "qwen3vl_put_rows"  # the same for all instruction sets
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ def status() -> Status:
     except (BuildError, OSError) as error:
         return Status((), str(error))
     usable = tuple(name for name in INSTRUCTION_SETS if library[f"qwen3vl_has_{name}"]())
-    for operation, instruction_set in itertools.product(OPERATIONS, usable):
-        name = target(operation, instruction_set)
+    names = [target(*each) for each in itertools.product(OPERATIONS, usable)]
+    for name in [*names, PUT_ROWS]:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
     reason = usable[0] if usable else "this processor has neither AVX2 nor AVX-512"
     return Status(usable, reason, bool(library.qwen3vl_multiplies_bfloat16()))
@@ -116,6 +117,19 @@ def one_token_attention(
     result = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     call = jax.ffi.ffi_call(target("attention", instruction_set), result, vmap_method="sequential")
     return call(queries, keys, values, seen)
+
+
+def put_rows(
+    array: Shaped[Array, "N S W"], rows: Shaped[Array, "N T W"], start: Int[Array, ""]
+) -> Shaped[Array, "N S W"]:
+    """`array` with `rows` in slots `start` and after, as lax.dynamic_update_slice puts them.
+
+    For bfloat16, of which XLA:CPU writes all slots anew. In place where `array` is donated. Only
+    where `status()` is active.
+    """
+    result = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    call = jax.ffi.ffi_call(PUT_ROWS, result, input_output_aliases={0: 0}, vmap_method="sequential")
+    return call(array, rows, start)
 
 
 def target(operation: str, instruction_set: str | None) -> str:

@@ -35,11 +35,13 @@ TARGET inline void weigh(float* scores, const bool* seen, int64_t keys, float sc
 // scores[g, 0 .. count] = the products of query g with a tile of keys.
 template <typename T>
 TARGET inline void score(const Attention& a, const T* keys, int64_t count, float* scores) {
-  if constexpr (kEncoded<T>)
-    encoded_product<Int8>(Encoded{static_cast<const float*>(a.queries), reinterpret_cast<const uint8_t*>(keys), scores,
-                                  a.groups, a.size, kTileKeys, a.row, a.size, 1, kWholeRow},
-                          0, count);
-  else
+  if constexpr (kEncoded<T>) {
+    WholeRows queries = *static_cast<const WholeRows*>(a.queries);
+    queries.y = scores;
+    avx2::integer_product<Int8>(
+        Encoded{reinterpret_cast<const uint8_t*>(keys), a.size, kTileKeys, a.row, a.size, 1, kWholeRow}, queries, 0,
+        count);
+  } else
     compute<T>(Product{a.queries, keys, scores, a.groups, a.size, kTileKeys}, 0, count);
 }
 

@@ -22,6 +22,7 @@ HEADERS = (
     "attention_rows.h",
     "encoded.h",
     "encoded_rows.h",
+    "integer_rows.h",
     "linear_rows.h",
     "many_rows.h",
     "pool.h",

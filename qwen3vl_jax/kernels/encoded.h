@@ -55,37 +55,76 @@ void with_form(Form form, What what) {
   }
 }
 
-// [units, rows, unit] in float32, zeros after the last; a last short run of int4 in its own order.
-template <typename T>
-std::vector<float> widened_rows(const T* x, int64_t rows, int64_t in, InstructionSet set, bool nibbles) {
-  const int64_t unit = nibbles ? Int4::kUnit : Int8::kUnit;
-  const int64_t units = (in + unit - 1) / unit;
-  const auto widen = set == InstructionSet::kAvx512 ? avx512::widened<T> : avx2::widened<T>;
-  std::vector<float> to(units * rows * unit);
-  for (int64_t u = 0; u < units; ++u)
+// Numbers of a buffer of bfloat16, float16 or float32 from number `at` on, as float32.
+void widen_part(const XLA_FFI_Buffer* x, int64_t at, int64_t count, float* to) {
+  switch (x->dtype) {
+    case XLA_FFI_DataType_BF16: return avx2::widened(static_cast<const Bfloat16*>(x->data) + at, count, to);
+    case XLA_FFI_DataType_F16: return avx2::widened(static_cast<const Float16*>(x->data) + at, count, to);
+    default: return avx2::widened(static_cast<const float*>(x->data) + at, count, to);
+  }
+}
+
+bool widens(const XLA_FFI_Buffer* x) {
+  return x->dtype == XLA_FFI_DataType_BF16 || x->dtype == XLA_FFI_DataType_F16 || x->dtype == XLA_FFI_DataType_F32;
+}
+
+// What WholeRows points to.
+struct RowWords {
+  std::vector<int16_t> words;
+  std::vector<float> scales, sums;
+  int64_t rows, units;
+
+  WholeRows to(float* y) const { return {words.data(), scales.data(), sums.data(), y, rows, units}; }
+};
+
+// A span of one row, zeros after the last number; a last short run of int4 in its own order.
+template <typename F>
+void read_numbers(const XLA_FFI_Buffer* x, int64_t row, int64_t span, float* to) {
+  const int64_t in = x->dims[x->rank - 1];
+  std::fill(to, to + kSpan, 0.0f);
+  for (int64_t first = 0; first < kSpan; first += F::kUnit) {
+    const int64_t place = span * kSpan + first, count = std::clamp<int64_t>(in - place, 0, F::kUnit);
+    const int64_t low = F::kBits == 4 && count < F::kUnit ? (count + 1) / 2 : count;
+    widen_part(x, row * in + place, low, to + first);
+    widen_part(x, row * in + place + low, count - low, to + first + F::kUnit / 2);
+  }
+}
+
+// Rows first .. first + rows of a buffer whose last axis has their numbers.
+template <typename F>
+RowWords whole_rows(const XLA_FFI_Buffer* x, int64_t first, int64_t rows) {
+  const int64_t spans = (x->dims[x->rank - 1] + kSpan - 1) / kSpan, units = (spans * kSpanUnits<F> + 7) / 8 * 8;
+  RowWords to{std::vector<int16_t>(spans * rows * kSpan), std::vector<float>(rows * units),
+              std::vector<float>(rows * units), rows, units};
+  for (int64_t s = 0; s < spans; ++s)
     for (int64_t r = 0; r < rows; ++r) {
-      const T* from = x + r * in + u * unit;
-      float* at = &to[(u * rows + r) * unit];
-      const int64_t count = std::min(unit, in - u * unit);
-      const int64_t low = nibbles && count < unit ? (count + 1) / 2 : count;
-      widen(from, low, at);
-      if (low < count) widen(from + low, count - low, at + unit / 2);
+      float numbers[kSpan];
+      int16_t words[kSpan];
+      read_numbers<F>(x, first + r, s, numbers);
+      for (int64_t u = 0; u < kSpanUnits<F>; ++u) {
+        const int64_t at = r * units + s * kSpanUnits<F> + u;
+        to.scales[at] = avx2::whole_numbers(numbers + u * F::kUnit, F::kUnit, words + u * F::kUnit, to.sums[at]);
+      }
+      int16_t* place = &to.words[(s * rows + r) * kSpan];
+      if constexpr (F::kBits == 4)
+        avx2::order_as_nibbles(words, place);
+      else
+        std::memcpy(place, words, sizeof(words));
     }
   return to;
 }
 
-// The same of `rows` rows of a buffer from row `first` on; empty for a dtype that is none of ours.
-std::vector<float> widened_rows(const XLA_FFI_Buffer* x, int64_t first, int64_t rows, InstructionSet set, bool nibbles) {
-  const int64_t in = x->dims[x->rank - 1], at = first * in;
-  switch (x->dtype) {
-    case XLA_FFI_DataType_BF16: return widened_rows(static_cast<const Bfloat16*>(x->data) + at, rows, in, set, nibbles);
-    case XLA_FFI_DataType_F16: return widened_rows(static_cast<const Float16*>(x->data) + at, rows, in, set, nibbles);
-    case XLA_FFI_DataType_F32: return widened_rows(static_cast<const float*>(x->data) + at, rows, in, set, nibbles);
-    default: return {};
-  }
+template <typename F>
+void encoded_product(const XLA_FFI_CallFrame* frame, const Encoded& e, const XLA_FFI_Buffer* x, float* y) {
+  const RowWords own = whole_rows<F>(x, 0, x->dims[0]);
+  const WholeRows rows = own.to(y);
+  const int64_t outputs = std::max<int64_t>(4, kChunkBytes / e.row_bytes / 4 * 4);
+  run(frame, (e.out + outputs - 1) / outputs, [&](int64_t first, int64_t end) {
+    avx2::integer_product<F>(e, rows, first * outputs, std::min(end * outputs, e.out));
+  });
 }
 
-XLA_FFI_Error* handle_encoded(XLA_FFI_CallFrame* frame, InstructionSet set) {
+XLA_FFI_Error* handle_encoded(XLA_FFI_CallFrame* frame) {
   if (answers_metadata(frame)) return nullptr;
   if (frame->args.size != 2 || frame->rets.size != 1) return failure(frame->api, "encoded: x, w -> y");
   const auto* x = static_cast<XLA_FFI_Buffer*>(frame->args.args[0]);
@@ -94,22 +133,11 @@ XLA_FFI_Error* handle_encoded(XLA_FFI_CallFrame* frame, InstructionSet set) {
   if (x->rank != 2 || w->rank != 2 || w->dtype != XLA_FFI_DataType_U8 ||
       !shaped(y, XLA_FFI_DataType_F32, {x->dims[0], w->dims[0]}))
     return failure(frame->api, "encoded: x [rows, in], w uint8 [out, bytes], y float32 [rows, out]");
+  if (!widens(x)) return failure(frame->api, "encoded: x in bfloat16, float16 or float32");
   Form form;
-  Encoded e{nullptr, static_cast<const uint8_t*>(w->data), static_cast<float*>(y->data),
-            x->dims[0], x->dims[1], w->dims[0], w->dims[1]};
+  Encoded e{static_cast<const uint8_t*>(w->data), x->dims[1], w->dims[0], w->dims[1]};
   if (const char* wrong = describe(frame, form, e)) return failure(frame->api, wrong);
-  const auto rows = widened_rows(x, 0, e.rows, set, form != Form::kInt8);
-  if (rows.empty() && e.rows > 0) return failure(frame->api, "encoded: x in bfloat16, float16 or float32");
-  e.x = rows.data();
-  void (*compute)(const Encoded&, int64_t, int64_t) = nullptr;
-  with_form(form, [&](auto kind) {
-    using F = decltype(kind);
-    compute = set == InstructionSet::kAvx512 ? avx512::encoded_product<F> : avx2::encoded_product<F>;
-  });
-  const int64_t outputs = std::max<int64_t>(4, kChunkBytes / e.row_bytes / 4 * 4);
-  run(frame, (e.out + outputs - 1) / outputs, [&](int64_t chunk) {
-    compute(e, chunk * outputs, std::min((chunk + 1) * outputs, e.out));
-  });
+  with_form(form, [&](auto kind) { encoded_product<decltype(kind)>(frame, e, x, static_cast<float*>(y->data)); });
   return nullptr;
 }
 
@@ -122,9 +150,8 @@ void decoded_tile(const XLA_FFI_CallFrame* frame, InstructionSet set, Form form,
     compute = set == InstructionSet::kAvx512 ? avx512::decoded_rows<F, T> : avx2::decoded_rows<F, T>;
   });
   const int64_t outputs = std::max<int64_t>(1, kChunkBytes / e.row_bytes / 2);
-  run(frame, (e.out + outputs - 1) / outputs, [&](int64_t chunk) {
-    const int64_t first = chunk * outputs;
-    compute(e, start + first, start + std::min(first + outputs, e.out), tile + first * e.in);
+  run(frame, (e.out + outputs - 1) / outputs, [&](int64_t first, int64_t end) {
+    compute(e, start + first * outputs, start + std::min(end * outputs, e.out), tile + first * outputs * e.in);
   });
 }
 
@@ -142,7 +169,7 @@ XLA_FFI_Error* handle_decoded(XLA_FFI_CallFrame* frame, InstructionSet set) {
   if (first < 0 || first + tile->dims[0] > w->dims[0])
     return failure(frame->api, "decoded: the tile's rows are not all in w");
   Form form;
-  Encoded e{nullptr, static_cast<const uint8_t*>(w->data), nullptr, 0, tile->dims[1], tile->dims[0], w->dims[1]};
+  Encoded e{static_cast<const uint8_t*>(w->data), tile->dims[1], tile->dims[0], w->dims[1]};
   if (const char* wrong = describe(frame, form, e)) return failure(frame->api, wrong);
   switch (tile->dtype) {
     case XLA_FFI_DataType_BF16:
@@ -176,13 +203,12 @@ XLA_FFI_Error* handle_encoded_attention(XLA_FFI_CallFrame* frame, InstructionSet
       !shaped(mixed, XLA_FFI_DataType_F32, {heads, groups, size}))
     return failure(frame->api, "encoded attention: queries [BK, G, D], keys and values uint8 [BK, S, D + 4], "
                                "seen [B, S] bool, mixed [BK, G, D] float32");
-  if (queries->dtype != XLA_FFI_DataType_BF16 && queries->dtype != XLA_FFI_DataType_F16 &&
-      queries->dtype != XLA_FFI_DataType_F32)
-    return failure(frame->api, "encoded attention: queries in bfloat16, float16 or float32");
+  if (!widens(queries)) return failure(frame->api, "encoded attention: queries in bfloat16, float16 or float32");
   const auto attend = set == InstructionSet::kAvx512 ? avx512::attend<Code> : avx2::attend<Code>;
-  run(frame, heads, [&](int64_t head) {
-    const auto rows = widened_rows(queries, head * groups, groups, set, false);
-    attend(Attention{rows.data(), static_cast<const uint8_t*>(keys->data) + head * slots * row,
+  for_each(frame, heads, [&](int64_t head) {
+    const RowWords own = whole_rows<Int8>(queries, head * groups, groups);
+    const WholeRows rows = own.to(nullptr);
+    attend(Attention{&rows, static_cast<const uint8_t*>(keys->data) + head * slots * row,
                      static_cast<const uint8_t*>(values->data) + head * slots * row,
                      static_cast<const bool*>(seen->data) + head / (heads / batch) * slots,
                      static_cast<float*>(mixed->data) + head * groups * size, groups, slots, size, row});

@@ -40,8 +40,8 @@ void linear(const XLA_FFI_CallFrame* frame, InstructionSet set, const T* x, Prod
   const int64_t row_bytes = std::max<int64_t>(product.in * sizeof(T), 1);
   const int64_t outputs = std::max<int64_t>(4, kChunkBytes / row_bytes / 4 * 4);
   const auto compute = wide ? avx512::compute<T> : avx2::compute<T>;
-  run(frame, (product.out + outputs - 1) / outputs, [&](int64_t chunk) {
-    compute(product, chunk * outputs, std::min((chunk + 1) * outputs, product.out));
+  run(frame, (product.out + outputs - 1) / outputs, [&](int64_t first, int64_t end) {
+    compute(product, first * outputs, std::min(end * outputs, product.out));
   });
 }
 
@@ -57,12 +57,12 @@ void many_rows(const XLA_FFI_CallFrame* frame, InstructionSet set, const T* x, c
     for (int64_t k = 0; k < p.in; k += kDepth) {
       const Strip s{rows.data(), static_cast<const T*>(p.w) + k, p.y + row * p.out, std::min(kRowBlock, p.rows - row),
                     p.in, p.out, std::min(kDepth, p.in - k), k > 0};
-      run(frame, (s.rows + tile - 1) / tile, [&](int64_t t) {
-        const int64_t first = t * tile;
-        pack(x + (row + first) * p.in + k, p.in, std::min(tile, s.rows - first), s.depth, &rows[first * s.depth]);
+      run(frame, (s.rows + tile - 1) / tile, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * tile; first < std::min(end * tile, s.rows); first += tile)
+          pack(x + (row + first) * p.in + k, p.in, std::min(tile, s.rows - first), s.depth, &rows[first * s.depth]);
       });
-      run(frame, (p.out + kTaskOutputs - 1) / kTaskOutputs, [&](int64_t task) {
-        multiply(s, task * kTaskOutputs, std::min((task + 1) * kTaskOutputs, p.out));
+      run(frame, (p.out + kTaskOutputs - 1) / kTaskOutputs, [&](int64_t first, int64_t end) {
+        multiply(s, first * kTaskOutputs, std::min(end * kTaskOutputs, p.out));
       });
     }
 }
@@ -72,7 +72,7 @@ void attention(const XLA_FFI_CallFrame* frame, InstructionSet set, int64_t heads
                const Attention& all) {
   const bool wide = set == InstructionSet::kAvx512;
   const auto attend = wide ? avx512::attend<T> : avx2::attend<T>;
-  run(frame, heads, [&](int64_t head) {
+  for_each(frame, heads, [&](int64_t head) {
     const int64_t queries = head * all.groups * all.size, keys = head * all.slots * all.size;
     const auto rows = packed(static_cast<const T*>(all.queries) + queries, all.groups, all.size,
                              2 * (wide ? avx512::kLanes : avx2::kLanes));
@@ -161,6 +161,30 @@ XLA_FFI_Error* handle_attention(XLA_FFI_CallFrame* frame, InstructionSet set) {
   }
 }
 
+// Rows into an array that is also the result: XLA:CPU would write all of a bfloat16 one anew.
+XLA_FFI_Error* handle_put_rows(XLA_FFI_CallFrame* frame) {
+  if (answers_metadata(frame)) return nullptr;
+  if (frame->args.size != 3 || frame->rets.size != 1) return failure(frame->api, "put rows: array, rows, start -> array");
+  const auto* array = static_cast<XLA_FFI_Buffer*>(frame->args.args[0]);
+  const auto* rows = static_cast<XLA_FFI_Buffer*>(frame->args.args[1]);
+  const auto* start = static_cast<XLA_FFI_Buffer*>(frame->args.args[2]);
+  const auto* result = static_cast<XLA_FFI_Buffer*>(frame->rets.rets[0]);
+  constexpr auto kType = XLA_FFI_DataType_BF16;
+  if (array->rank != 3 || rows->rank != 3 || rows->dims[1] > array->dims[1] || !shaped(start, XLA_FFI_DataType_S32, {}) ||
+      !shaped(rows, kType, {array->dims[0], rows->dims[1], array->dims[2]}) ||
+      !shaped(array, kType, {array->dims[0], array->dims[1], array->dims[2]}) ||
+      !shaped(result, kType, {array->dims[0], array->dims[1], array->dims[2]}))
+    return failure(frame->api, "put rows: array [N, S, W] and rows [N, T, W] in bfloat16, start int32");
+  const int64_t slots = array->dims[1], count = rows->dims[1], bytes = array->dims[2] * sizeof(Bfloat16);
+  const int64_t first = std::clamp<int64_t>(*static_cast<const int32_t*>(start->data), 0, slots - count);
+  auto* to = static_cast<uint8_t*>(result->data);
+  const auto* from = static_cast<const uint8_t*>(rows->data);
+  if (result->data != array->data) std::memcpy(to, array->data, array->dims[0] * slots * bytes);
+  for (int64_t n = 0; n < array->dims[0]; ++n)
+    std::memcpy(to + (n * slots + first) * bytes, from + n * count * bytes, count * bytes);
+  return nullptr;
+}
+
 #include "encoded.h"
 
 }  // namespace
@@ -184,6 +208,8 @@ int qwen3vl_multiplies_bfloat16() {
   const bool tiles = d >> 22 & 1;
   return tiles || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1));
 }
+
+XLA_FFI_Error* qwen3vl_put_rows(XLA_FFI_CallFrame* frame) { return handle_put_rows(frame); }
 
 XLA_FFI_Error* qwen3vl_linear_avx2(XLA_FFI_CallFrame* frame) {
   return handle_product(frame, InstructionSet::kAvx2, /*many=*/false);
@@ -209,13 +235,9 @@ XLA_FFI_Error* qwen3vl_attention_avx512(XLA_FFI_CallFrame* frame) {
   return handle_attention(frame, InstructionSet::kAvx512);
 }
 
-XLA_FFI_Error* qwen3vl_encoded_avx2(XLA_FFI_CallFrame* frame) {
-  return handle_encoded(frame, InstructionSet::kAvx2);
-}
+XLA_FFI_Error* qwen3vl_encoded_avx2(XLA_FFI_CallFrame* frame) { return handle_encoded(frame); }
 
-XLA_FFI_Error* qwen3vl_encoded_avx512(XLA_FFI_CallFrame* frame) {
-  return handle_encoded(frame, InstructionSet::kAvx512);
-}
+XLA_FFI_Error* qwen3vl_encoded_avx512(XLA_FFI_CallFrame* frame) { return handle_encoded(frame); }
 
 XLA_FFI_Error* qwen3vl_encoded_attention_avx2(XLA_FFI_CallFrame* frame) {
   return handle_encoded_attention(frame, InstructionSet::kAvx2);

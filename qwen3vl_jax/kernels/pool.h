@@ -30,16 +30,21 @@ inline int64_t pool_threads(const XLA_FFI_CallFrame* frame) {
   return count;
 }
 
-// What the threads of one call share. Threads that come late find no chunk and leave.
+// What the threads of one call share. A thread takes half of its share of the chunks that are left,
+// in one piece: what it reads ahead is then its own (int8 codes: 26 GB/s where single chunks of 128 KB
+// gave 23). Threads that come late find none and leave.
 struct Work {
-  std::function<void(int64_t)> compute;
-  int64_t chunks;
+  std::function<void(int64_t, int64_t)> compute;
+  int64_t chunks, threads;
   std::atomic<int64_t> taken{0}, done{0};
 
   void help() {
-    for (int64_t chunk; (chunk = taken.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-      compute(chunk);
-      done.fetch_add(1, std::memory_order_release);
+    for (int64_t first = taken.load(std::memory_order_relaxed); first < chunks;) {
+      const int64_t count = std::max<int64_t>(1, (chunks - first) / (2 * threads));
+      if (!taken.compare_exchange_weak(first, first + count, std::memory_order_relaxed)) continue;
+      compute(first, first + count);
+      done.fetch_add(count, std::memory_order_release);
+      first = taken.load(std::memory_order_relaxed);
     }
   }
 };
@@ -49,13 +54,14 @@ inline void help_later(void* data) {
   (*work)->help();
 }
 
-// compute(0 .. chunks - 1) on this thread and on XLA's own pool, so that no second pool competes for
-// the cores. It waits only for chunks that a thread has begun: a busy pool makes it slow, never stuck.
-inline void run(const XLA_FFI_CallFrame* frame, int64_t chunks, std::function<void(int64_t)> compute) {
+// compute(first, end) for all of 0 .. chunks - 1, on this thread and on XLA's own pool, so that no
+// second pool competes for the cores. It waits only for chunks that a thread has begun: a busy pool makes it slow, never stuck.
+inline void run(const XLA_FFI_CallFrame* frame, int64_t chunks, std::function<void(int64_t, int64_t)> compute) {
   auto work = std::make_shared<Work>();
   work->compute = std::move(compute);
   work->chunks = chunks;
-  const int64_t helpers = std::min(pool_threads(frame), chunks) - 1;
+  work->threads = std::max<int64_t>(1, std::min(pool_threads(frame), chunks));
+  const int64_t helpers = work->threads - 1;
   for (int64_t i = 0; i < helpers; ++i) {
     auto* data = new std::shared_ptr<Work>(work);
     XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr,
@@ -70,6 +76,14 @@ inline void run(const XLA_FFI_CallFrame* frame, int64_t chunks, std::function<vo
   for (int spins = 0; work->done.load(std::memory_order_acquire) < work->chunks; ++spins) {
     if (spins > 1000) std::this_thread::yield();
   }
+}
+
+// The same one at a time.
+template <typename Compute>
+void for_each(const XLA_FFI_CallFrame* frame, int64_t chunks, const Compute& compute) {
+  run(frame, chunks, [&](int64_t first, int64_t end) {
+    for (; first < end; ++first) compute(first);
+  });
 }
 
 inline XLA_FFI_Error* failure(const XLA_FFI_Api* api, const char* message) {

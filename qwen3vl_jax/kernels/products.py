@@ -1,9 +1,11 @@
 """Products with what rests as int8 or int4 codes, packed row by row, on x86-64.
 
 A packed row of `inputs` numbers is its codes, then the scales of its groups (`encoded.h` has the
-layout; `memsched.codecs` writes it). Few rows: the kernel turns codes into numbers in registers.
-Many rows: it turns a tile of the weight at a time into numbers in the cache, for XLA to contract.
-Without AVX-512 XLA multiplies float32 1.7 times as fast as bfloat16.
+layout; `memsched.codecs` writes it). Few rows become words of 16 bits, with a power of two for each
+64 numbers beside int8 codes, for each 32 beside int4: numbers of bfloat16 down to 1/128 of the
+largest among them stay as they are, others are off by at most 2^-15 of it. Many rows: the kernel
+turns a tile of the weight at a time into numbers in the cache, for XLA to contract. Without AVX-512
+XLA multiplies float32 1.7 times as fast as bfloat16.
 
 All of this only where `kernels.status()` is active. A group of 0 is a whole row.
 """
@@ -29,7 +31,9 @@ def few_rows_int8(
     *,
     instruction_set: str | None = None,
 ) -> Float[Array, "rows out"]:
-    """`rows @ decoded.T` in float32, exact in `rows`, each row computed as if it were alone.
+    """`rows @ decoded.T` in float32, each row computed as if it were alone.
+
+    A unit of `rows` with an infinity or what is not a number gives NaN.
 
     Args:
         group: numbers that share a scale: 64, 128 ... or 0.

@@ -40,7 +40,7 @@ constexpr int64_t kDepth = 384;  // A panel of 16 outputs takes 24 KB of the fir
 
 // One new token's attention, of one key head and the query heads that share it.
 struct Attention {
-  const void* queries;  // As the x of a Product, or of an Encoded, with rows = groups, in = size.
+  const void* queries;  // As the x of a Product with rows = groups, in = size; or WholeRows, if keys are codes.
   const void* keys;     // [slots, row] of which `size` are numbers, or codes
   const void* values;   // [slots, row]
   const bool* seen;     // [slots]
@@ -48,17 +48,25 @@ struct Attention {
   int64_t groups, slots, size, row;
 };
 
-// y[r, o] = sum_i x[r, i] * w[o, i] where w is made of codes and terms (encoded.h has the layout).
+// A matrix [out, in] that is made of codes and terms (encoded.h has the layout).
 struct Encoded {
-  const float* x;    // [ceil(in / unit), rows, unit], zeros after `in`.
   const uint8_t* w;  // [out, row_bytes]
-  float* y;
-  int64_t rows, in, out, row_bytes;
+  int64_t in, out, row_bytes;
   int64_t code_bytes = 0, terms = 0;  // Of a row: its codes, then as many scales and minima.
   int64_t group_shift = 0;            // A group is 1 << group_shift units.
 };
 
-constexpr int64_t kStepNumbers = 32;
+// Rows of whole numbers to multiply with it (integer_rows.h makes them), and where their products go.
+struct WholeRows {
+  const int16_t* words;  // [ceil(in / kSpan), rows, kSpan], zeros after `in`; for int4 in the order of its nibbles
+  const float* scales;   // [rows, units], units filled up to whole vectors; number = word * scale
+  const float* sums;     // [rows, units] of a unit's numbers
+  float* y;              // [rows, out]
+  int64_t rows, units;
+};
+
+constexpr int64_t kSpan = 64;         // Numbers that are multiplied before their sums become float32.
+constexpr int64_t kStepNumbers = 32;  // Numbers that are decoded at once.
 constexpr int64_t kWholeRow = 62;  // The group_shift with which all units have the first terms.
 
 template <int Bits, int Terms, int64_t Unit>
@@ -69,6 +77,8 @@ struct Codes {
 using Int8 = Codes<8, 1, 64>;
 using Int4 = Codes<4, 1, 32>;
 using Int4Zero = Codes<4, 2, 32>;
+template <typename F>
+constexpr int64_t kSpanUnits = kSpan / F::kUnit;
 enum class Form { kInt8, kInt4, kInt4Zero };
 
 template <typename T>
@@ -136,6 +146,7 @@ TARGET inline void unpack(const uint8_t* int4, Vector scale, Vector minimum, Vec
 }
 #include "linear_rows.h"
 #include "encoded_rows.h"
+#include "integer_rows.h"
 #include "many_rows.h"
 #include "attention_rows.h"
 #undef TARGET

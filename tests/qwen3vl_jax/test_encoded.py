@@ -82,6 +82,17 @@ def group_of(kind: str) -> int:
     return codec.group or 0
 
 
+def whole(kind: str, rows: jax.Array) -> np.ndarray:
+    """Rows as a kernel for few of them sees them: in units, whole multiples of a power of two."""
+    unit, inputs = (64 if kind.startswith("int8") else 32), rows.shape[1]
+    wide = np.pad(np.asarray(rows).astype(np.float64), ((0, 0), (0, -inputs % unit)))
+    units = wide.reshape(len(wide), -1, unit)
+    largest = np.maximum(np.abs(units).max(axis=-1, keepdims=True), 2.0**-112)
+    step = np.exp2(np.floor(np.log2(largest)) - 14)
+    words = np.minimum(np.rint(units / step), 32767)
+    return (words * step).reshape(wide.shape)[:, :inputs]
+
+
 def few(
     kind: str, rows: jax.Array, packed: jax.Array, instruction_set: str | None = None
 ) -> jax.Array:
@@ -141,7 +152,33 @@ def test_few_rows_are_the_product_with_the_numbers_that_are_meant(
         packed, matrix = drawn(kind, outputs, inputs)
         x = draw((7, inputs), dtype, 1)  # blocks of four, two and one row
         for name in instruction_sets:
-            assert_product(few(kind, x, packed, name), x, matrix)
+            assert_product(few(kind, x, packed, name), whole(kind, x), matrix)
+
+
+def test_rows_of_bfloat16_and_of_whole_numbers_are_multiplied_as_they_are(
+    instruction_sets: tuple[str, ...],
+) -> None:
+    generator = np.random.default_rng(7)
+    near = generator.uniform(1, 128, (3, 193)) * generator.choice([-1, 1], (3, 193))
+    rows = jnp.asarray(near, jnp.bfloat16)
+    for kind in KINDS:
+        packed, matrix = drawn(kind, 5, 193)
+        np.testing.assert_array_equal(whole(kind, rows), np.asarray(rows).astype(np.float64))
+        for name in instruction_sets:
+            assert_product(few(kind, rows, packed, name), rows, matrix)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 3e36])
+def test_rows_of_any_size_are_multiplied(scale: float, instruction_sets: tuple[str, ...]) -> None:
+    for kind in ("int8", "int4:32", "int4:32:zero"):
+        packed, matrix = drawn(kind, 5, 70)
+        x = draw((2, 70)) * np.float32(scale)
+        for name in instruction_sets:
+            found = np.asarray(few(kind, x, packed, name)).astype(np.float64)
+            bound = np.abs(whole(kind, x)).max() * np.abs(matrix).sum(axis=1).max()
+            assert np.isfinite(found).all() or bound > 1e38
+            if bound < 1e38:
+                assert np.abs(found - whole(kind, x) @ matrix.T).max() <= 2.0**-20 * bound + 1e-37
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16 processor", "another"])
@@ -290,10 +327,13 @@ def test_linear_takes_an_encoded_weight(
     monkeypatch.setattr(kernels, "usable", lambda: kernel)
     raw = np.array(draw((40, 96)))
     weight, bias, x = encoded(kind, raw), draw((40,), dtype, 3), draw((2, count, 96), dtype, 1)
-    result = jax.jit(linear)(x, weight, bias)
+    result = jax.jit(lambda *given: linear(*given))(x, weight, bias)  # nothing traced before
     assert (result.shape, result.dtype) == ((2, count, 40), dtype)
     decoded = CODECS[kind].decode(np.asarray(weight.packed), raw.shape, "float32")
-    wide, offset = np.asarray(x).astype(np.float64), np.asarray(bias).astype(np.float64)
+    few_rows = formulation(2 * count, dtype, kernel=kernel) == "few_rows"
+    flat = x.reshape(-1, 96)
+    wide = (whole(kind, flat) if few_rows else np.asarray(flat).astype(np.float64)).reshape(x.shape)
+    offset = np.asarray(bias).astype(np.float64)
     true, sums = wide @ decoded.T + offset, np.abs(wide) @ np.abs(decoded).T + np.abs(offset)
     last = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
     allowed = (2.0**-20 + ROUNDING[dtype]) * sums + last * np.abs(true) + 1e-7
@@ -342,7 +382,7 @@ def test_an_encoded_weight_is_chosen_inside_a_loop() -> None:
     expected = x
     for weight in weights:
         expected = linear(expected, weight)
-    np.testing.assert_allclose(looped, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(looped, expected, rtol=1e-4, atol=1e-4)
 
 
 def is_matrix(path: str, array: jax.Array) -> bool:
@@ -371,7 +411,7 @@ def test_a_model_computes_with_encoded_weights_what_it_would_with_decoded_ones(
         for weights in (packed, decoded)
     ]
     scores = [each(**given) for each in models]
-    np.testing.assert_allclose(*scores, atol=1e-4 * float(np.abs(scores[1]).max()))
+    np.testing.assert_allclose(*scores, atol=5e-4 * float(np.abs(scores[1]).max()))
     answers = [each.generate(**given, max_new_tokens=4, do_sample=False) for each in models]
     np.testing.assert_array_equal(*answers)
 
@@ -396,5 +436,5 @@ def test_more_rows_leave_the_registers() -> None:
     assert [formulation(rows, "bfloat16", kernel=True) for rows in (1, 16, 17)] == [
         "few_rows", "few_rows", "many_rows",
     ]  # fmt: skip
-    assert formulation(48, "float32", kernel=True) == "few_rows"
+    assert formulation(32, "float32", kernel=True) == "few_rows"
     assert formulation(1, "bfloat16", kernel=False) == "plain"

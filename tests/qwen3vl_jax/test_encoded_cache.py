@@ -135,6 +135,8 @@ def test_attention_over_codes_is_that_over_their_numbers(
     wanted = by_definition(np.asarray(narrow.astype(jnp.float32)), *numbers, last, valid)
     # Beyond float32: weights are rounded before they meet values, and so are results.
     tolerance = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
+    if count <= 8 and kernels.usable():  # queries meet codes as words of 16 bits
+        tolerance = max(tolerance, 3e-4)
     np.testing.assert_allclose(np.asarray(found.astype(jnp.float32)), wanted, atol=tolerance)
 
 
@@ -173,7 +175,7 @@ def test_one_tokens_kernel_agrees_on_every_instruction_set() -> None:
             found = products.one_token_attention(
                 jnp.asarray(queries), keys, values, jnp.asarray(seen), instruction_set=name
             )
-            np.testing.assert_allclose(found, wanted.reshape(found.shape), rtol=2e-5, atol=2e-5)
+            np.testing.assert_allclose(found, wanted.reshape(found.shape), rtol=5e-5, atol=5e-5)
 
 
 def test_a_token_on_trial_is_attended_bit_for_bit_as_alone() -> None:

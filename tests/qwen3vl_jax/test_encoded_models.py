@@ -79,8 +79,8 @@ def test_a_model_computes_what_it_would_with_decoded_weights(
     wanted, model = decoded_model(raw, codec), Qwen3VL.from_pretrained(located(name, codec))
     given = tiny.inputs("text")
     scores, expected = (np.asarray(each(**given)) for each in (model, wanted))
-    # Sums of float32 in another order, through four layers; logits of size 5 to 18.
-    np.testing.assert_allclose(scores, expected, atol=1e-4 * float(np.abs(expected).max()))
+    # Inputs as words of 16 bits where the kernel multiplies codes; logits of size 5 to 18.
+    np.testing.assert_allclose(scores, expected, atol=1e-3 * float(np.abs(expected).max()))
     assert np.abs(scores - np.asarray(raw(**given))).max() > 0
 
 
