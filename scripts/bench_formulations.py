@@ -15,18 +15,16 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qwen3vl_jax import console
+from qwen3vl_jax.benchmark.turns import how_many, seconds_in_turn
 
 DTYPES = ("bfloat16", "float16", "float32")
 CODECS = ("int8", "int8:64", "int8:128", "int4:32", "int4:64", "int4:32:zero", "int4:64:zero")
 HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 128  # of attention: those of the 2B model
-LEAST_BYTES, MOST_WEIGHTS = 96 << 20, 64  # of one kind of weight: no cache holds them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +78,9 @@ def measure(dtype: str, rows: int, options: argparse.Namespace) -> dict[str, Any
 
     x, weights = _raw(dtype, rows, options)
     usable = {n: f for n, f in FORMULATIONS.items() if kernels.usable() or n not in NEED_KERNELS}
-    seconds = _seconds({name: (product, weights) for name, product in usable.items()}, x, options)
+    seconds = seconds_in_turn(
+        {name: (product, weights) for name, product in usable.items()}, x, options.repeats
+    )
     return {
         "dtype": dtype,
         "rows": rows,
@@ -114,7 +114,7 @@ def measure_encoded(
         ways["few_rows"] = partial(products.few_rows_int8, **int8)
         ways["many_rows"] = partial(products.many_rows_int8, **int8)
     cases = {way: (product, weights) for way, product in ways.items()}
-    seconds = _seconds({"raw": (linear, raw), **cases}, x, options)
+    seconds = seconds_in_turn({"raw": (linear, raw), **cases}, x, options.repeats)
     chosen = formulation(rows, dtype, kernel=kernels.usable())
     return {
         "dtype": dtype,
@@ -137,7 +137,7 @@ def measure_attention(dtype: str, tokens: int, options: argparse.Namespace) -> d
 
     slots, chosen = options.slots, jnp.dtype(dtype)
     shape = (KEY_HEADS, slots, HEAD_DIM)
-    count = 2 * _count(2 * math.prod(shape) * chosen.itemsize)
+    count = 2 * how_many(2 * math.prod(shape) * chosen.itemsize)
     keys = jax.random.split(jax.random.key(0), count + 1)
     numbers = [jax.random.normal(key, shape).astype(chosen) for key in keys[1:]]
     queries = jax.random.normal(keys[0], (1, HEADS, tokens, HEAD_DIM)).astype(chosen)
@@ -150,7 +150,7 @@ def measure_attention(dtype: str, tokens: int, options: argparse.Namespace) -> d
     for kv in ("raw", "int8"):
         made = [as_rows(each, row_dtype(kv, chosen)) for each in numbers]
         cases[kv] = attend, list(zip(made[::2], made[1::2], strict=True))
-    seconds = _seconds(cases, queries, options)
+    seconds = seconds_in_turn(cases, queries, options.repeats)
     nbytes = {kv: 2 * caches[0][0].nbytes for kv, (_, caches) in cases.items()}
     return {
         "dtype": dtype,
@@ -168,7 +168,7 @@ def _raw(dtype: str, rows: int, options: argparse.Namespace) -> tuple[Any, list[
     import jax.numpy as jnp
 
     shape = (options.out, options.inputs)
-    count = _count(math.prod(shape) * jnp.dtype(dtype).itemsize)
+    count = how_many(math.prod(shape) * jnp.dtype(dtype).itemsize)
     keys = jax.random.split(jax.random.key(0), count + 1)
     weights = [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys[1:]]
     return jax.random.normal(keys[0], (rows, options.inputs), jnp.float32).astype(dtype), weights
@@ -181,27 +181,7 @@ def _packed(codec: Any, shape: tuple[int, int]) -> list[Any]:
 
     values = np.random.default_rng(0).standard_normal(shape, np.float32)
     packed = codec.encode(values)
-    return [jnp.asarray(np.roll(packed, turn, axis=0)) for turn in range(_count(packed.nbytes))]
-
-
-def _count(nbytes: int) -> int:
-    return min(max(4, -(-LEAST_BYTES // nbytes)), MOST_WEIGHTS)
-
-
-def _seconds(
-    cases: dict[str, tuple[Callable[..., Any], list[Any]]], x: Any, options: argparse.Namespace
-) -> dict[str, float]:
-    """Median seconds of each case, one run over all its weights after the other, in turns."""
-    import jax
-
-    steps = {name: jax.jit(f).lower(x, ws[0]).compile() for name, (f, ws) in cases.items()}
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    for _, (name, (_, weights)) in itertools.product(range(options.repeats), cases.items()):
-        for weight in weights:
-            start = time.perf_counter()
-            steps[name](x, weight).block_until_ready()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return [jnp.asarray(np.roll(packed, turn, axis=0)) for turn in range(how_many(packed.nbytes))]
 
 
 if __name__ == "__main__":
