@@ -5,12 +5,13 @@ arithmetic per second), the picture, the prompt and decoding, and with --against
 same there, on the same weights. A fraction is the bound over the time, both of one round.
 
 With --capped the model is given less memory than it has, in a control group of its own, and the
-bound is that of the disk: bytes that its plan reads over what the disk could read meanwhile.
+bound is that of the disk: bytes that its plan reads over what the disk could read meanwhile. With
+--codec the same follows for a store in each codec.
 
 python scripts/bench.py --size 2b --layers 4
 python scripts/bench.py --size 2b --against transformers
 python scripts/bench.py --size 2b --codec int8 --codec int4
-python scripts/bench.py --size 2b --capped 2GB --capped 1GB --scratch DIR
+python scripts/bench.py --size 2b --capped 2GB --capped 30% --codec int8 --scratch DIR
 """
 
 import argparse
@@ -30,6 +31,7 @@ from qwen3vl_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
+    from qwen3vl_jax.benchmark.capped import Task
     from qwen3vl_jax.benchmark.ours import Run
     from qwen3vl_jax.benchmark.rounds import Round
     from qwen3vl_jax.benchmark.work import Workload
@@ -88,9 +90,10 @@ def _add_capped(parser: argparse.ArgumentParser) -> None:
     add(
         "--capped",
         action="append",
-        type=_size,
+        type=_limit,
         metavar="SIZE",
-        help="a limit; may be given several times",
+        help="a limit, or 30%% of the raw weights without vision beside what the process takes; may "
+        "be given several times",
     )
     add(
         "--own-memory",
@@ -121,6 +124,19 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _limit(text: str) -> int | float:
+    """Bytes, or a part of the weights."""
+    if not text.endswith("%"):
+        return _size(text)
+    try:
+        percent = float(text[:-1])
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 1000:
+        raise argparse.ArgumentTypeError(f"{text}: a size like 2GB or a part like 30% is wanted")
+    return percent / 100
 
 
 def _picture(text: str) -> tuple[int, int]:
@@ -175,25 +191,44 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def bench_capped(options: argparse.Namespace) -> int:
-    """Measures a planned model under limits, and prints it."""
-    from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS, Task, measure
+    """Measures planned models under limits, and prints it."""
+    from qwen3vl_jax.benchmark.capped import measure
     from qwen3vl_jax.benchmark.capped_table import table
     from qwen3vl_jax.benchmark.peer import require_torch
-    from qwen3vl_jax.planned.figures import disk_reader, own_groups
-    from qwen3vl_jax.weights import table as weights
 
     if options.scratch is None:
         raise UsageError("--capped: weights are streamed from a disk; name a place, --scratch DIR")
+    if options.kv is not None:
+        raise UsageError("--kv has no part in --capped; leave one of them out")
     if options.against:
         require_torch()
     values, work, layers = _workload(options)
     checkpoint = _checkpoint(options, values, work)[0]
-    store = _store(checkpoint)
+    task = _capped_task(options, work, checkpoint)
+    limits = [_limit_bytes(limit, task) for limit in options.capped]
+    found = measure(task, limits)
+    for codec in options.codec:
+        store = _store(checkpoint, codec)
+        found["caps"] += measure(task.of_codec(codec, store, _disk(store)), limits)["caps"]
+    result = {**_settings(options, work, layers), **found}
+    print(table(result))
+    print(json.dumps(result))
+    return 0
+
+
+def _capped_task(options: argparse.Namespace, work: "Workload", checkpoint: Path) -> "Task":
+    from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS, Task
+    from qwen3vl_jax.planned.figures import own_groups
+    from qwen3vl_jax.weights import table as weights
+
     item_bytes = {"float32": 4}.get(work.dtype, 2)
-    task = Task(
+    store, entries = _store(checkpoint), weights(work.config)
+    text = [entry for entry in entries if not entry.path.startswith("visual.")]
+    return Task(
         store=store,
         dtype=work.dtype,
-        weight_bytes=sum(math.prod(entry.shape) for entry in weights(work.config)) * item_bytes,
+        weight_bytes=sum(math.prod(entry.shape) for entry in entries) * item_bytes,
+        text_bytes=sum(math.prod(entry.shape) for entry in text) * item_bytes,
         own_bytes=OWN_BYTES
         if options.own_memory is None
         else dict.fromkeys(OWN_BYTES, options.own_memory),
@@ -203,24 +238,37 @@ def bench_capped(options: argparse.Namespace) -> int:
         image=options.image,
         parts=tuple(options.part or PARTS),
         groups=tuple(own_groups()),
-        disk=disk_reader((store / "arrays").rglob("c*")),
+        disk=_disk(store),
         say=console.say,
         peer=checkpoint if options.against else None,
     )
-    result = {**_settings(options, work, layers), **measure(task, options.capped)}
-    print(table(result))
-    print(json.dumps(result))
-    return 0
 
 
-def _store(checkpoint: Path) -> Path:
+def _disk(store: Path) -> Callable[[float], float]:
+    from qwen3vl_jax.planned.figures import disk_reader
+
+    return disk_reader((store / "arrays").rglob("c*"))
+
+
+def _limit_bytes(limit: int | float, task: "Task") -> int:
+    """Of a limit as it was given."""
+    if isinstance(limit, int):
+        return limit
+    return int(limit * task.text_bytes) + max(task.own_bytes[part] for part in task.limited_parts)
+
+
+def _store(checkpoint: Path, codec: str = "raw") -> Path:
     """The checkpoint converted to our store, beside it."""
     from qwen3vl_jax.checkpoints.conversion import to_store
+    from qwen3vl_jax.checkpoints.encodings import everywhere
+    from qwen3vl_jax.config import load_config
 
-    store = checkpoint.with_name(f"{checkpoint.name}-store")
+    form = "" if codec == "raw" else f"-{codec.replace(':', '-')}"
+    store = checkpoint.with_name(f"{checkpoint.name}-store{form}")
     if not store.exists():
         console.say(f"converting to {store}")
-        to_store(checkpoint, store, dtype="keep", progress=_Quiet())
+        codecs = None if codec == "raw" else everywhere(load_config(checkpoint), codec)
+        to_store(checkpoint, store, dtype="keep", progress=_Quiet(), codecs=codecs)
     return store
 
 

@@ -32,17 +32,20 @@ class Task:
     """What is measured, and with what.
 
     Attributes:
-        store: a converted checkpoint; what is read from disk lies there.
+        store: a converted checkpoint, in `codec`; what is read from disk lies there.
+        weight_bytes: of the raw model.
+        text_bytes: the same without vision.
+        disk: bytes per second of reading the store for so many seconds.
         own_bytes: of a limit, what the process itself takes for each part; the rest is planned.
         parts: which of `PARTS`.
         groups: control groups below which limits may be set.
-        disk: bytes per second of reading the store for so many seconds.
         peer: the same weights as a Hugging Face directory, if transformers is to decode, too.
     """
 
     store: Path
     dtype: str
     weight_bytes: int
+    text_bytes: int
     own_bytes: Mapping[str, int]
     new_tokens: int
     repeats: int
@@ -53,6 +56,19 @@ class Task:
     disk: Callable[[float], float]
     say: Callable[[str], None]
     peer: Path | None = None
+    codec: str = "raw"
+
+    @property
+    def limited_parts(self) -> tuple[str, ...]:
+        """Those that a limit is set for."""
+        return tuple(part for part in OWN_BYTES if part in self.parts)
+
+    def of_codec(self, codec: str, store: Path, disk: Callable[[float], float]) -> "Task":
+        """The same for another store, of what has to do with limits only."""
+        parts = self.limited_parts
+        return dataclasses.replace(
+            self, store=store, codec=codec, disk=disk, parts=parts, peer=None
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +103,8 @@ def measure(task: Task, limits: Iterable[int]) -> dict[str, Any]:
 
 def _capped(task: Task, limit: int, plain: Child) -> dict[str, Any]:
     """Every part under one limit, each in a process of its own; one that fails says why."""
-    found: dict[str, Any] = {"cap_bytes": limit, "device_memory": {}, "errors": {}}
+    found: dict[str, Any] = {"cap_bytes": limit, "codec": task.codec}
+    found |= {"device_memory": {}, "errors": {}}
     measured: dict[str, Callable[[Child], dict[str, Any]]] = {
         "decode": lambda process: summary(_decode_rounds(task, process), limit),
         "lookup": lambda process: {"lookup": _lookup(task, process)},

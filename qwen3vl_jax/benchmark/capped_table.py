@@ -7,7 +7,7 @@ from typing import Any
 def table(result: Mapping[str, Any]) -> str:
     """The limits as lines of text."""
     lines = [
-        f"{'cap GB':>7}{'tokens/s':>9}{'s':>7}{'GB plan':>8}{'GB read':>8}{'wanted':>7}"
+        f"{'cap GB':>7}{'codec':>9}{'tokens/s':>9}{'s':>7}{'GB plan':>8}{'GB read':>8}{'wanted':>7}"
         f"{'disk GB/s':>10}{'compute s':>10}{'bound s':>8}{'reached':>8}{'peak GB':>8}"
         f"{'process':>8}{'lookup':>7}{'prompt':>7}{'transformers':>13}{'times':>6}"
     ]
@@ -34,6 +34,7 @@ def _row(row: Mapping[str, Any]) -> str:
     theirs = row.get("transformers", {}).get("seconds")
     return (
         cell(row["cap_bytes"], 7, 2, 1e9)
+        + f"{row['codec']:>9}"
         + cell(row.get("tokens_per_s"), 9, 3)
         + cell(row.get("seconds"), 7, 3)
         + cell(row.get("plan_bytes"), 8, 3, 1e9)

@@ -115,6 +115,27 @@ def test_the_report_is_complete_and_its_numbers_agree(
     )
 
 
+def test_encoded_stores_follow_the_raw_one_and_a_limit_may_be_a_part_of_its_weights(
+    bench: types.ModuleType,
+    scratch: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(capped, "child", in_this_process)
+    model = ["--size", str(DENSE), "--dtype", "float32", "--scratch", str(scratch), *SHORT]
+    own = ["--own-memory", "1000", "--part", "decode", "--codec", "int8"]
+    assert bench.main([*model, "--capped", "60%", "--capped", "150%", *own]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["caps"]
+    assert [row["codec"] for row in rows] == ["raw", "raw", "int8", "int8"]
+    small, large, small_int8, _ = rows
+    weights = large["weight_bytes"]
+    assert weights * 0.6 < small["cap_bytes"] < weights * 0.7  # embeddings are not read whole
+    assert small["cap_bytes"] == small_int8["cap_bytes"]
+    assert large["plan_bytes"] == 0 < small["plan_bytes"]
+    assert small_int8["weight_bytes"] < 0.5 * weights  # a quarter, and float32 embeddings
+    assert small_int8["plan_bytes"] == 0 == small_int8["read_bytes"]
+
+
 def test_a_part_that_does_not_fit_is_told_and_the_rest_is_measured(
     bench: types.ModuleType, scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +179,7 @@ def test_where_no_group_can_be_written_the_report_says_so(tmp_path: Path) -> Non
     with memory_group(1 << 30, [tmp_path]) as group:
         assert group is None
     assert list(tmp_path.iterdir()) == []
-    row = {"cap_bytes": 2_000_000_000, "limited": False, "errors": {}}
+    row = {"cap_bytes": 2_000_000_000, "codec": "raw", "limited": False, "errors": {}}
     assert "NO LIMIT" in table({"caps": [row]})
     assert "NO LIMIT" not in table({"caps": [row | {"limited": True}]})
 
@@ -226,8 +247,10 @@ def test_the_disk_is_measured_with_other_files_each_time(tmp_path: Path) -> None
         (["--capped", "2GB"], "name a place, --scratch DIR"),
         (["--capped", "2XB", "--scratch", "x"], "size '2XB' is none"),
         (["--capped", "2GB", "--scratch", "x", "--part", "all"], "invalid choice: 'all'"),
+        (["--capped", "0%", "--scratch", "x"], "a part like 30% is wanted"),
+        (["--capped", "2GB", "--scratch", "x", "--kv", "int8"], "--kv has no part in --capped"),
     ],
-    ids=["scratch", "size", "part"],
+    ids=["scratch", "size", "part", "percent", "kv"],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     arguments: list[str], says: str, bench: types.ModuleType, capsys: pytest.CaptureFixture[str]
