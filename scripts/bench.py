@@ -17,7 +17,6 @@ python scripts/bench.py --size 2b --capped 2GB --capped 30% --codec int8 --scrat
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -84,20 +83,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_capped(parser: argparse.ArgumentParser) -> None:
     from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS
+    from qwen3vl_jax.benchmark.capped_stores import limit, size
 
     group = parser.add_argument_group("in less memory", "Needs --scratch. Sizes are like 1.5GB.")
     add = group.add_argument
     add(
         "--capped",
         action="append",
-        type=_limit,
+        type=limit,
         metavar="SIZE",
-        help="a limit, or 30%% of the raw weights without vision beside what the process takes; may "
-        "be given several times",
+        help="a limit, or 30%% of the raw text weights beside what the process takes; may be given "
+        "several times",
     )
     add(
         "--own-memory",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="what of a limit is left to Python, JAX and compiled programs (default "
         f"{', '.join(f'{size} for {part}' for part, size in OWN_BYTES.items())})",
@@ -114,29 +114,6 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
-
-
-def _size(text: str) -> int:
-    """Bytes of a size like 1.5GB."""
-    from memsched.sizes import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _limit(text: str) -> int | float:
-    """Bytes, or a part of the weights."""
-    if not text.endswith("%"):
-        return _size(text)
-    try:
-        percent = float(text[:-1])
-    except ValueError:
-        percent = 0.0
-    if not 0 < percent <= 1000:
-        raise argparse.ArgumentTypeError(f"{text}: a size like 2GB or a part like 30% is wanted")
-    return percent / 100
 
 
 def _picture(text: str) -> tuple[int, int]:
@@ -193,6 +170,7 @@ def bench(options: argparse.Namespace) -> int:
 def bench_capped(options: argparse.Namespace) -> int:
     """Measures planned models under limits, and prints it."""
     from qwen3vl_jax.benchmark.capped import measure
+    from qwen3vl_jax.benchmark.capped_stores import disk_of, limit_bytes, store_of
     from qwen3vl_jax.benchmark.capped_table import table
     from qwen3vl_jax.benchmark.peer import require_torch
 
@@ -205,11 +183,11 @@ def bench_capped(options: argparse.Namespace) -> int:
     values, work, layers = _workload(options)
     checkpoint = _checkpoint(options, values, work)[0]
     task = _capped_task(options, work, checkpoint)
-    limits = [_limit_bytes(limit, task) for limit in options.capped]
+    limits = [limit_bytes(limit, task) for limit in options.capped]
     found = measure(task, limits)
     for codec in options.codec:
-        store = _store(checkpoint, codec)
-        found["caps"] += measure(task.of_codec(codec, store, _disk(store)), limits)["caps"]
+        store = store_of(checkpoint, codec, console.say)
+        found["caps"] += measure(task.of_codec(codec, store, disk_of(store)), limits)["caps"]
     result = {**_settings(options, work, layers), **found}
     print(table(result))
     print(json.dumps(result))
@@ -218,17 +196,16 @@ def bench_capped(options: argparse.Namespace) -> int:
 
 def _capped_task(options: argparse.Namespace, work: "Workload", checkpoint: Path) -> "Task":
     from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS, Task
+    from qwen3vl_jax.benchmark.capped_stores import disk_of, raw_bytes, store_of
     from qwen3vl_jax.planned.figures import own_groups
-    from qwen3vl_jax.weights import table as weights
 
-    item_bytes = {"float32": 4}.get(work.dtype, 2)
-    store, entries = _store(checkpoint), weights(work.config)
-    text = [entry for entry in entries if not entry.path.startswith("visual.")]
+    store = store_of(checkpoint, "raw", console.say)
+    weight_bytes, text_bytes = raw_bytes(work)
     return Task(
         store=store,
         dtype=work.dtype,
-        weight_bytes=sum(math.prod(entry.shape) for entry in entries) * item_bytes,
-        text_bytes=sum(math.prod(entry.shape) for entry in text) * item_bytes,
+        weight_bytes=weight_bytes,
+        text_bytes=text_bytes,
         own_bytes=OWN_BYTES
         if options.own_memory is None
         else dict.fromkeys(OWN_BYTES, options.own_memory),
@@ -238,48 +215,10 @@ def _capped_task(options: argparse.Namespace, work: "Workload", checkpoint: Path
         image=options.image,
         parts=tuple(options.part or PARTS),
         groups=tuple(own_groups()),
-        disk=_disk(store),
+        disk=disk_of(store),
         say=console.say,
         peer=checkpoint if options.against else None,
     )
-
-
-def _disk(store: Path) -> Callable[[float], float]:
-    from qwen3vl_jax.planned.figures import disk_reader
-
-    return disk_reader((store / "arrays").rglob("c*"))
-
-
-def _limit_bytes(limit: int | float, task: "Task") -> int:
-    """Of a limit as it was given."""
-    if isinstance(limit, int):
-        return limit
-    return int(limit * task.text_bytes) + max(task.own_bytes[part] for part in task.limited_parts)
-
-
-def _store(checkpoint: Path, codec: str = "raw") -> Path:
-    """The checkpoint converted to our store, beside it."""
-    from qwen3vl_jax.checkpoints.conversion import to_store
-    from qwen3vl_jax.checkpoints.encodings import everywhere
-    from qwen3vl_jax.config import load_config
-
-    form = "" if codec == "raw" else f"-{codec.replace(':', '-')}"
-    store = checkpoint.with_name(f"{checkpoint.name}-store{form}")
-    if not store.exists():
-        console.say(f"converting to {store}")
-        codecs = None if codec == "raw" else everywhere(load_config(checkpoint), codec)
-        to_store(checkpoint, store, dtype="keep", progress=_Quiet(), codecs=codecs)
-    return store
-
-
-class _Quiet:
-    """Progress that nobody sees."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A new bar."""
-
-    def advance(self, nbytes: int) -> None:
-        """More bytes."""
 
 
 def _settings(options: argparse.Namespace, work: "Workload", layers: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from memsched.program import ArraySpec, Program, Step
 # The most rows of each class but the last. Few rows are multiplied in other ways than many, and the
 # speed jumps between them.
 ROW_CLASSES = (1, 8, 16, 32, 64, 128, 256)
+CODES = "uint8"  # the dtype of encoded weights
+NUMBERS_IN_A_BYTE = 2
 _CARRIED = ("weight", "cache")
 
 
@@ -20,11 +22,12 @@ _CARRIED = ("weight", "cache")
 class RunFeatures:
     """A step as the processor sees it.
 
-    `kind` is its kernel, whatever the shapes. `rows` is how many vectors it passes through its
-    weights. `weight_flops` are spent on products with weights, `other_flops` on others.
-    `weight_bytes` are touched: of a table from which rows are looked up, next to nothing.
-    `value_bytes` are all arrays that are neither weights nor caches. Workspace is not among them:
-    it says as much about what lies idle as about the step.
+    `kind` is its kernel, whatever the shapes. `dtype` is that of most bytes of its weights, uint8
+    of encoded ones. `rows` is how many vectors it passes through its weights. `weight_flops` are
+    spent on products with weights, `other_flops` on others. `weight_bytes` are touched: of a
+    table from which rows are looked up, next to nothing. `value_bytes` are all arrays that are
+    neither weights nor caches. Workspace is not among them: it says as much about what lies idle
+    as about the step.
     """
 
     kind: str
@@ -50,7 +53,7 @@ def run_features(step: Step, program: Program) -> RunFeatures:
     """The features of a step.
 
     A weight that is read takes part in at least one multiplication and addition: so flops limit
-    how many of its bytes are touched.
+    how many of its bytes are touched. A byte of codes has up to two numbers.
     """
     specs = [program.arrays[name] for name in (*step.inputs, *step.writes)]
     weights = [spec for spec in specs if spec.kind == "weight"]
@@ -61,7 +64,8 @@ def run_features(step: Step, program: Program) -> RunFeatures:
     held_bytes = sum(spec.nbytes for spec in weights)
     weight_bytes = min(held_bytes, step.flops // 2 * itemsize)
     rows = max((math.prod(spec.shape[:-1]) for spec in values if _is_float(spec)), default=1)
-    weight_flops = min(step.flops, 2 * rows * (weight_bytes // itemsize))
+    numbers = NUMBERS_IN_A_BYTE * weight_bytes if dtype == CODES else weight_bytes // itemsize
+    weight_flops = min(step.flops, 2 * rows * numbers)
     return RunFeatures(
         kind=step.kernel.partition("#")[0],
         dtype=dtype,
@@ -92,9 +96,9 @@ def _is_float(spec: ArraySpec) -> bool:
 
 
 def _dtype(specs: Iterable[ArraySpec]) -> str | None:
-    """The dtype of the floats with the most bytes; None where there are none."""
+    """The dtype of the floats, or codes, with the most bytes; None where there are none."""
     nbytes: dict[str, int] = {}
     for spec in specs:
-        if _is_float(spec):
+        if _is_float(spec) or (spec.kind == "weight" and spec.dtype == CODES):
             nbytes[spec.dtype] = nbytes.get(spec.dtype, 0) + spec.nbytes
     return min(nbytes, key=lambda name: (-nbytes[name], name), default=None)

@@ -12,6 +12,7 @@ import numpy as np
 
 from memsched.calibration.trials import Trial, make_trial
 from memsched.machine import Machine
+from qwen3vl_jax.checkpoints.encodings import as_encoded, encodings_of, everywhere
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig, load_config
 from qwen3vl_jax.phases import phases
 from qwen3vl_jax.planned.forecast import Work, works_of
@@ -50,7 +51,7 @@ class Shape:
 class Rehearsal:
     """One phase of a model: `tokens` of a prompt, or of an answer after that many in the cache.
 
-    `share` is how much of the weights stays in memory.
+    `share` is how much of the weights stays in memory, which are encoded with `codec`.
     """
 
     shape: Shape
@@ -61,6 +62,7 @@ class Rehearsal:
     dtype: str = "bfloat16"
     share: float = 1.0
     side: int = 0
+    codec: str = "raw"
 
     @property
     def name(self) -> str:
@@ -68,9 +70,8 @@ class Rehearsal:
         what = f"{self.tokens} tokens" if self.phase == "prefill" else f"after {self.context}"
         if self.phase == "vision":
             what = f"{self.side}x{self.side}"
-        return (
-            f"{self.phase} {self.shape.name} {self.dtype} {what} x{self.batch} at {self.share:.0%}"
-        )
+        form = self.dtype if self.codec == "raw" else self.codec
+        return f"{self.phase} {self.shape.name} {form} {what} x{self.batch} at {self.share:.0%}"
 
 
 _SMALL = Shape(768, 2304, 6, 2, 12, tower=640)
@@ -88,6 +89,8 @@ CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_MIDDLE, "decode", 2048),
     Rehearsal(_SMALL, "prefill", tokens=512),
     Rehearsal(_NARROW, "vision", side=256),
+    Rehearsal(_NARROW, "decode", 512, codec="int8"),
+    Rehearsal(_WIDE, "decode", 256, codec="int4:32"),
     Rehearsal(_WIDE, "decode", 1024),
     Rehearsal(_SMALL, "decode", 4096),
     Rehearsal(_NARROW, "decode", 1024, share=0.5),
@@ -96,6 +99,8 @@ CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_SMALL, "vision", side=384),
     Rehearsal(_MIDDLE, "prefill", tokens=64, share=0.4),
     Rehearsal(_NARROW, "decode", 512, dtype="float32"),
+    Rehearsal(_MIDDLE, "decode", 512, codec="int4:64"),
+    Rehearsal(_SMALL, "prefill", tokens=128, codec="int8"),
     Rehearsal(_MIDDLE, "decode", 512, batch=6),
     Rehearsal(_SMALL, "prefill", tokens=128, dtype="float32"),
     Rehearsal(_NARROW, "prefill", tokens=320, share=0.6),
@@ -105,6 +110,8 @@ CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_MIDDLE, "vision", side=320),
     Rehearsal(_NARROW, "prefill", tokens=32),
     Rehearsal(_WIDE, "prefill", tokens=128),
+    Rehearsal(_WIDE, "decode", 512, batch=4, codec="int8", share=0.5),
+    Rehearsal(_MIDDLE, "prefill", tokens=256, codec="int4:32"),
     Rehearsal(_MIDDLE, "decode", 512, dtype="float32", share=0.5),
 )
 
@@ -116,6 +123,9 @@ EVALUATION: tuple[Rehearsal, ...] = (
     Rehearsal(_TESTED, "prefill", tokens=256),
     Rehearsal(_TESTED, "prefill", tokens=128, share=0.3),
     Rehearsal(_TESTED, "vision", side=320),
+    Rehearsal(_TESTED, "decode", 512, codec="int8"),
+    Rehearsal(_TESTED, "decode", 512, codec="int4:32", share=0.5),
+    Rehearsal(_OTHER, "prefill", tokens=256, codec="int8"),
     Rehearsal(_OTHER, "decode", 2048),
     Rehearsal(_OTHER, "decode", 512, share=0.5),
     Rehearsal(_OTHER, "prefill", tokens=384),
@@ -133,8 +143,11 @@ def trials(rehearsals: tuple[Rehearsal, ...], machine: Machine) -> Iterator[Tria
 def trial_of(one: Rehearsal, machine: Machine) -> Trial:
     """A rehearsal as a program with its plan."""
     config, dtype = config_of(one.shape), np.dtype(one.dtype)
-    work = _work(one, config, dtype)
-    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
+    codecs = {} if one.codec == "raw" else everywhere(config, one.codec)
+    encodings = encodings_of(config, codecs, lambda entry: dtype) if codecs else {}
+    config = as_encoded(config, encodings)
+    work, rows = _work(one, config, dtype), vocab_rows(config, dtype)
+    network = shape_network(config, dtype=dtype, vocab_rows=rows, encodings=encodings)
     traced = trace_phase(phases(config)[work.phase], network, work.arrays)
     return make_trial(
         one.name,

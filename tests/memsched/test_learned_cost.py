@@ -225,6 +225,22 @@ def test_features_are_what_a_step_touches() -> None:
     assert [row_class(rows) for rows in (1, 2, 8, 9, 16, 256, 257)] == [0, 1, 1, 2, 2, 6, 7]
 
 
+def test_codes_are_weights_of_up_to_two_numbers_in_a_byte() -> None:
+    made = program(
+        [
+            array("x", "activation", 128),
+            dataclasses.replace(array("codes", "weight", 16), shape=(2, 68), dtype="uint8"),
+            array("bias", "weight", 2),
+            array("y", "activation", 2),
+        ],
+        [Step("product", "k", ("x", "codes", "bias"), ("y",), flops=512)],
+        ["y"],
+    )
+    found = run_features(made.step("product"), made)
+    assert (found.dtype, found.weight_flops, found.other_flops) == ("uint8", 512, 0)
+    assert found.weight_bytes == 2 * 68 + 2 * 4
+
+
 def test_drift_is_measured_over_predicted_and_has_a_band() -> None:
     cost = LearnedCost(coefficients())
     spans = simulate(PLAN, TWO, MACHINE, cost)

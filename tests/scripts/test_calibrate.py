@@ -51,7 +51,8 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
     few = (Rehearsal(SMALL, "decode", 64), Rehearsal(OTHER, "decode", 64, share=0.5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsals, "CALIBRATION", few)
-        patch.setattr(rehearsals, "EVALUATION", (Rehearsal(TESTED, "decode", 64),))
+        tested = (Rehearsal(TESTED, "decode", 64), Rehearsal(TESTED, "decode", 64, codec="int8"))
+        patch.setattr(rehearsals, "EVALUATION", tested)
         patch.setattr(calibrate, "MEASURE_S", 0.05)
         patch.setattr(descent, "STEPS", 200)
         yield patch
