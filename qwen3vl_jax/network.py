@@ -18,13 +18,14 @@ from qwen3vl_jax.arrays import AnyArray, Leaf
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity, forward_layer
+from qwen3vl_jax.weights import Rows
 
 
 class Qwen3VLNetwork(nnx.Module):
     """All weights; nothing else. A tied model has no `lm_head`: the embedding is its head."""
 
     def __init__(
-        self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs, vocab_rows: int | None = None
+        self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs, vocab_rows: Rows = None
     ) -> None:
         make = functools.partial(
             text.VocabularyMatrix, config.text, vocab_rows=vocab_rows, dtype=dtype, rngs=rngs
@@ -49,7 +50,7 @@ class OneKey(nnx.Rngs):
 
 
 def abstract_network(
-    config: Config, *, dtype: DTypeLike, vocab_rows: int | None = None
+    config: Config, *, dtype: DTypeLike, vocab_rows: Rows = None
 ) -> Qwen3VLNetwork:
     """Shapes and dtypes of all weights, with no memory behind them."""
     return nnx.eval_shape(

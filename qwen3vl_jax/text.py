@@ -26,14 +26,14 @@ from qwen3vl_jax.layers import Linear, RMSNorm, cut
 from qwen3vl_jax.linear import linear
 from qwen3vl_jax.moe import SparseMLP
 from qwen3vl_jax.rope import rotate, text_rotation
-from qwen3vl_jax.weights import row_blocks
+from qwen3vl_jax.weights import Rows, row_blocks
 
 
 class VocabularyMatrix(nnx.Module):
     """[V, H] as a list of row blocks: no device need hold an array larger than it allows."""
 
     def __init__(
-        self, config: TextConfig, *, vocab_rows: int | None, dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: TextConfig, *, vocab_rows: Rows, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         scale = config.hidden_size**-0.5
 
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
     """All weights under `language_model.`"""
 
     def __init__(
-        self, config: TextConfig, *, vocab_rows: int | None, dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: TextConfig, *, vocab_rows: Rows, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.embed_tokens = VocabularyMatrix(config, vocab_rows=vocab_rows, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(

@@ -11,6 +11,7 @@ I MLP width, E experts, V vocabulary.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig
@@ -18,6 +19,9 @@ from qwen3vl_jax.errors import UsageError, WeightError
 
 ARRAYS = 1_000_000
 Shapes = dict[str, tuple[int, ...]]
+# How vocabulary matrices are cut: into blocks of so many rows, of which the last has the rest, or
+# of all these; None leaves them whole.
+Rows = int | tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,21 +44,28 @@ class Entry:
         return self.path if self.rows is None else self.path.rpartition(".")[0]
 
 
-def table(config: Config, *, vocab_rows: int | None = None) -> tuple[Entry, ...]:
+def table(config: Config, *, vocab_rows: Rows = None) -> tuple[Entry, ...]:
     """Every array of the model once: vision, embedding, layers, norm, head.
 
     Args:
-        vocab_rows: rows of a block of the vocabulary matrices; None leaves them in one block.
+        vocab_rows: how the vocabulary matrices are cut.
     """
     return tuple(_split(arrays(config), config.text.vocab_size, vocab_rows))
 
 
-def row_blocks(vocab_size: int, rows: int | None) -> tuple[tuple[int, int], ...]:
-    """Half-open ranges that cut `vocab_size` rows into blocks of `rows`; the last has the rest.
+def row_blocks(vocab_size: int, rows: Rows) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges that cut `vocab_size` rows into blocks.
 
     Raises:
-        UsageError: if `rows` is below 1.
+        UsageError: if a block has less than 1 row, or all of them have not `vocab_size`.
     """
+    if isinstance(rows, tuple):
+        if min(rows, default=0) < 1 or sum(rows) != vocab_size:
+            raise UsageError(
+                f"vocab_rows are {sum(rows):,} in blocks of {min(rows, default=0):,} and more, "
+                f"wanted {vocab_size:,} in blocks of at least 1; choose others"
+            )
+        return tuple(itertools.pairwise(itertools.accumulate(rows, initial=0)))
     if rows is not None and rows < 1:
         raise UsageError(f"vocab_rows is {rows}, wanted at least 1; choose another")
     size = vocab_size if rows is None else rows
@@ -191,7 +202,7 @@ def _layer(text: TextConfig, layer: int) -> Shapes:
     }
 
 
-def _split(whole: tuple[Entry, ...], vocab_size: int, vocab_rows: int | None) -> Iterator[Entry]:
+def _split(whole: tuple[Entry, ...], vocab_size: int, vocab_rows: Rows) -> Iterator[Entry]:
     for entry in whole:
         if entry.hf_name not in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
             yield entry

@@ -83,21 +83,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_capped(parser: argparse.ArgumentParser) -> None:
     from qwen3vl_jax.benchmark.capped import OWN_BYTES, PARTS
-    from qwen3vl_jax.benchmark.capped_stores import limit, size
 
     group = parser.add_argument_group("in less memory", "Needs --scratch. Sizes are like 1.5GB.")
     add = group.add_argument
     add(
         "--capped",
         action="append",
-        type=limit,
+        type=_limit,
         metavar="SIZE",
         help="a limit, or 30%% of the raw text weights beside what the process takes; may be given "
         "several times",
     )
     add(
         "--own-memory",
-        type=size,
+        type=_size,
         metavar="SIZE",
         help="what of a limit is left to Python, JAX and compiled programs (default "
         f"{', '.join(f'{size} for {part}' for part, size in OWN_BYTES.items())})",
@@ -114,6 +113,29 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
+
+
+def _size(text: str) -> int:
+    """Bytes of a size like 1.5GB."""
+    from memsched.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _limit(text: str) -> int | float:
+    """The same, or the part of 30%."""
+    if not text.endswith("%"):
+        return _size(text)
+    try:
+        percent = float(text[:-1])
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 1000:
+        raise argparse.ArgumentTypeError(f"{text}: a size like 2GB or a part like 30% is wanted")
+    return percent / 100
 
 
 def _picture(text: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3vl_jax import console
 from qwen3vl_jax.errors import UsageError
@@ -52,7 +52,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="WxH",
         help="pictures on top of the text, in pixels",
     )
-    add("--batch", type=_positive, default=1, metavar="B", help="so many such requests at once")
+    add(
+        "--batch",
+        type=_batch,
+        default=1,
+        metavar="B",
+        help="so many such requests at once; auto plans several and takes the most tokens/s",
+    )
     add("--max-context", type=_positive, metavar="N", help="room for so many tokens of each")
     add_budget_options(parser)
     parser.add_argument(
@@ -118,6 +124,10 @@ def _check(options: argparse.Namespace) -> None:
             "--codec auto, and sweep the store, or drop --level",
         ),
         (
+            options.batch is None and (options.aot or options.sweep is not None),
+            "--batch auto plans several batches; drop --aot and --sweep, or give a count",
+        ),
+        (
             options.sweep is not None and options.save_plan is not None,
             "--save-plan writes one plan; drop --sweep",
         ),
@@ -131,6 +141,15 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
+
+
+def _batch(text: str) -> int | None:
+    """A count, or None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text[:60]}: a count or auto is wanted")
+    return _positive(text)
 
 
 def _picture(text: str) -> tuple[int, int]:
@@ -148,6 +167,7 @@ def plan(options: argparse.Namespace) -> int:
         return _sweep(options)
     from memsched.whole_file import check_target
     from qwen3vl_jax.checkpoints.opening import described
+    from qwen3vl_jax.planned.best_batch import dry_run_best_batch
     from qwen3vl_jax.planned.dry_run import check_report, dry_run, print_dry_run
     from qwen3vl_jax.planned.loading import Budgets
 
@@ -157,9 +177,11 @@ def plan(options: argparse.Namespace) -> int:
     compiler = _compiler(options.machine) if options.aot else None
     budgets, request = Budgets(**budget_arguments(options)), _request(options)
     config, encodings = described(options.model)
-    found = dry_run(
-        config, request, budgets, dtype=options.dtype, compiler=compiler, encodings=encodings
-    )
+    how: dict[str, Any] = {"dtype": options.dtype, "encodings": encodings}
+    if options.batch is None:
+        found = dry_run_best_batch(config, request, budgets, **how, say=console.say)
+    else:
+        found = dry_run(config, request, budgets, **how, compiler=compiler)
     return print_dry_run(
         found, report=options.report, save_plan=options.save_plan, as_json=options.json
     )
@@ -189,7 +211,7 @@ def _request(options: argparse.Namespace) -> "Request":
         options.prompt_tokens,
         options.new_tokens,
         tuple(options.images),
-        options.batch,
+        options.batch or 1,
         options.max_context,
         kv=kv_of(options.kv, options.level),
     )

@@ -124,6 +124,8 @@ def _host_pool(
         ring_bytes = max(ring_bytes, own.host.ring_bytes)
     used = sum(sizes[name] for name in names)
     if used + ring_bytes > room:
+        # Whoever has to leave passes through the ring, too.
+        ring_bytes = max(ring_bytes, *sizes.values())
         found = candidates(first, names, first.host_bytes, first.staging_s)
         kept = pinned(found, room - ring_bytes, max(sizes.values()), "bytes") or frozenset()
         names = [name for name in names if name in kept]

@@ -1,11 +1,9 @@
 """What is measured under limits: the checkpoint's stores, raw and encoded, and their disk."""
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-from memsched.sizes import parse_size
 from qwen3vl_jax.benchmark.capped import Task
 from qwen3vl_jax.benchmark.work import Workload
 from qwen3vl_jax.checkpoints.conversion import to_store
@@ -13,35 +11,6 @@ from qwen3vl_jax.checkpoints.encodings import everywhere
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.planned.figures import disk_reader
 from qwen3vl_jax.weights import table
-
-
-def size(text: str) -> int:
-    """Bytes of a size like 1.5GB.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def limit(text: str) -> int | float:
-    """The same, or the part of 30%.
-
-    Raises:
-        argparse.ArgumentTypeError: neither.
-    """
-    if not text.endswith("%"):
-        return size(text)
-    try:
-        percent = float(text[:-1])
-    except ValueError:
-        percent = 0.0
-    if not 0 < percent <= 1000:
-        raise argparse.ArgumentTypeError(f"{text}: a size like 2GB or a part like 30% is wanted")
-    return percent / 100
 
 
 def limit_bytes(limit: int | float, task: Task) -> int:

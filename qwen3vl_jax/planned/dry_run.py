@@ -17,7 +17,7 @@ from memsched.profiles import load_machine
 from memsched.report import summarize
 from memsched.report.page import page
 from memsched.report.perfetto import perfetto
-from memsched.report.rendering import show
+from memsched.report.rendering import Group, RenderableType, plain, show
 from memsched.whole_file import check_target, write_whole
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.checkpoints.opening import described
@@ -26,11 +26,12 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import kv_of, named_dtype
+from qwen3vl_jax.planned.batches import Batches, batches_text, batches_view
 from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
 from qwen3vl_jax.planned.choosing import Chosen, candidates
 from qwen3vl_jax.planned.forecast import Forecast, explained, forecast
 from qwen3vl_jax.planned.forecast_data import forecast_dict, refusal_dict
-from qwen3vl_jax.planned.forecast_text import forecast_text, forecast_view
+from qwen3vl_jax.planned.forecast_text import forecast_view
 from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
 from qwen3vl_jax.planned.reporting import PlanReport
 from qwen3vl_jax.planned.request import Request, request_of
@@ -44,11 +45,12 @@ TRACE = ".perfetto.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DryRun:
-    """A forecast, or why there is none, and it as data."""
+    """A forecast, or why there is none, and it as data; the batches that it was chosen from."""
 
     data: dict[str, Any]
     found: Forecast | None
     error: DoesNotFitError | None = None
+    batches: Batches | None = None
 
 
 def dry_run(
@@ -203,7 +205,7 @@ def print_dry_run(
     if save_plan is not None:
         write_whole(save_plan, plans_text(dry.found))
     if not as_json:
-        show(forecast_view(dry.found))
+        show(_view(dry, dry.found))
     return 0
 
 
@@ -211,11 +213,18 @@ def _dry_report(path: Path, dry: DryRun) -> str:
     if dry.found is None or (path.suffix == ".json" and not path.name.endswith(TRACE)):
         return _json(dry.data)
     if path.suffix == ".txt":
-        return forecast_text(dry.found)
-    chapters = forecast_chapters(dry.found)
-    return (
-        perfetto(chapters) if path.suffix == ".json" else page(chapters, forecast_cover(dry.found))
-    )
+        return plain(_view(dry, dry.found))
+    chapters, cover = forecast_chapters(dry.found), forecast_cover(dry.found)
+    if dry.batches is not None:
+        cover = dataclasses.replace(cover, lines=(*cover.lines, batches_text(dry.batches)))
+    return perfetto(chapters) if path.suffix == ".json" else page(chapters, cover)
+
+
+def _view(dry: DryRun, found: Forecast) -> RenderableType:
+    """What is printed: which batches there were, and the forecast of the best."""
+    if dry.batches is None:
+        return forecast_view(found)
+    return Group(batches_view(dry.batches), forecast_view(found))
 
 
 def _json(data: Mapping[str, Any]) -> str:

@@ -37,19 +37,20 @@ from qwen3vl_jax.long_phases import long_phases
 from qwen3vl_jax.network import Features, Qwen3VLNetwork, empty_features
 from qwen3vl_jax.phases import PREFILL_CHUNK, Phase, phases
 from qwen3vl_jax.planned.budgets import smallest_budgets
-from qwen3vl_jax.planned.granularity import choose_granularity, finest, vocab_rows
+from qwen3vl_jax.planned.granularity import choose_granularity, finest, vocab_blocks, vocab_rows
 from qwen3vl_jax.planned.long_requests import cache_of, with_blocks
 from qwen3vl_jax.planned.programs import Traced, trace_phase
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.shapes import Shape, scores_shapes
 from qwen3vl_jax.planned.skeleton import shape_network
 from qwen3vl_jax.planned.while_reading import WhileReading
+from qwen3vl_jax.weights import Rows
 
 # The way that is not among the predicted ones where it does not fit.
 RESIDENT = "resident"
 
 # Gives all passes of a request as programs, cut into steps as it is told.
-Tracer = Callable[[Granularity], Mapping[str, Traced]]
+Tracer = Callable[[Granularity, Rows], Mapping[str, Traced]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,10 +143,11 @@ def forecast(
     tracer = tracer or traced_request(config, request, dtype, compiler, encodings)
     device_bytes = machine.tier(DEVICE).capacity_bytes
     granularity = choose_granularity(config, dtype, device_bytes, encodings)
-    traced = tracer(granularity)
+    traced = tracer(granularity, vocab_blocks(config, dtype, device_bytes, encodings))
     programs = {name: one.program for name, one in traced.items()}
     # The least works with the finest steps, which are chosen with so little.
-    fine = {name: one.program for name, one in tracer(finest(config)).items()}
+    rows = vocab_rows(config, dtype)
+    fine = {name: one.program for name, one in tracer(finest(config), rows).items()}
     smallest = smallest_budgets(fine, machine, cost)
     try:
         plans = compile_phases(programs, machine, WhileReading(cost), plan_seconds=plan_seconds)
@@ -199,17 +201,19 @@ def traced_request(
     compiler: Compiler | None = None,
     encodings: Encodings = NOTHING_ENCODED,
 ) -> Tracer:
-    """Traces all passes of a request, once for each granularity, whatever the machine."""
+    """Traces all passes of a request, once for each granularity and cut of the vocabulary."""
     works = works_of(config, request, dtype)
-    rows = vocab_rows(config, dtype)
-    network = shape_network(config, dtype=dtype, vocab_rows=rows, encodings=encodings)
 
     @functools.cache
-    def traced(granularity: Granularity) -> Mapping[str, Traced]:
+    def network(rows: Rows) -> Qwen3VLNetwork:
+        return shape_network(config, dtype=dtype, vocab_rows=rows, encodings=encodings)
+
+    @functools.cache
+    def traced(granularity: Granularity, rows: Rows) -> Mapping[str, Traced]:
         known = phases(config, granularity)
         if request.block_slots is not None:
             known |= long_phases(config, granularity)
-        return _traced(works, known, network, compiler)
+        return _traced(works, known, network(rows), compiler)
 
     return traced
 

@@ -17,10 +17,11 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import Granularity
 from qwen3vl_jax.phases import phases
 from qwen3vl_jax.planned.forecast import works_of
-from qwen3vl_jax.planned.granularity import choose_granularity, vocab_rows
+from qwen3vl_jax.planned.granularity import choose_granularity, vocab_blocks
 from qwen3vl_jax.planned.programs import trace_phase
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
+from qwen3vl_jax.weights import Rows
 
 Result = TypeVar("Result")
 
@@ -45,10 +46,10 @@ class Gap:
 
 
 def decode_program(
-    config: Config, request: Request, dtype: np.dtype, granularity: Granularity
+    config: Config, request: Request, dtype: np.dtype, granularity: Granularity, rows: Rows
 ) -> Program:
     """The program of a new token of a request, alone."""
-    network = shape_network(config, dtype=dtype, vocab_rows=vocab_rows(config, dtype))
+    network = shape_network(config, dtype=dtype, vocab_rows=rows)
     work = works_of(config, request, dtype)[-1]
     return trace_phase(phases(config, granularity)[work.phase], network, work.arrays).program
 
@@ -57,8 +58,10 @@ def decode_gap(
     config: Config, request: Request, dtype: np.dtype, machine: Machine, cost: CostModel
 ) -> Gap | None:
     """Plans a new token alone; None if a tier is too small."""
-    granularity = choose_granularity(config, dtype, machine.tier(DEVICE).capacity_bytes)
-    program = decode_program(config, request, dtype, granularity)
+    device_bytes = machine.tier(DEVICE).capacity_bytes
+    granularity = choose_granularity(config, dtype, device_bytes)
+    rows = vocab_blocks(config, dtype, device_bytes)
+    program = decode_program(config, request, dtype, granularity, rows)
     try:
         plans, planned_s = _timed(lambda: compile_phases({"decode": program}, machine, cost))
     except DoesNotFitError:

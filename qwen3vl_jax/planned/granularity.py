@@ -14,13 +14,15 @@ from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings, restin
 from qwen3vl_jax.checkpoints.manifest import chunk_rows
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
-from qwen3vl_jax.weights import arrays
+from qwen3vl_jax.weights import Rows, arrays
 
 # Caches, and what steps need beside them, of an ordinary prompt.
 WORKING_BYTES = 512 << 20
 # Planning takes time for every step: there are about so many of experts in all, or fewer.
 MOST_EXPERT_STEPS = 1600
 VOCAB_BLOCKS = 8
+# So many small blocks in the head, at least, where nearly everything fits.
+FINE_BLOCKS = 4
 
 
 def choose_granularity(
@@ -57,13 +59,62 @@ def vocab_rows(config: Config, dtype: np.dtype) -> int:
     """Rows of a block of the vocabulary matrices, in whole chunks of a store.
 
     An eighth of all, or fewer if that is more than any of the finest steps of a layer reads. It is
-    the same on every machine: plans and weights have names of blocks in them.
+    the same on every machine, but for `vocab_blocks`.
     """
     text = config.text
     chunk = chunk_rows((text.vocab_size, text.hidden_size), dtype.itemsize)
     eighth = -(-text.vocab_size // (VOCAB_BLOCKS * chunk))
     alike = _largest_step(config) // (chunk * text.hidden_size)
     return max(1, min(eighth, alike)) * chunk
+
+
+def vocab_blocks(
+    config: Config,
+    dtype: np.dtype,
+    device_bytes: int,
+    encodings: Encodings = NOTHING_ENCODED,
+) -> Rows:
+    """How the vocabulary matrices are cut for a machine: `vocab_rows`, or some of them finer.
+
+    Where all but a little of what a token reads fits, keys and values pass, the smallest matrices.
+    Their room is full for as long as the head is computed, so nothing could be read then. With a
+    few blocks as small as they are among the others, it can. Every block begins with a chunk.
+
+    Args:
+        device_bytes: the budget of the device.
+    """
+    rows, text = vocab_rows(config, dtype), config.text
+    chunk = chunk_rows((text.vocab_size, text.hidden_size), dtype.itemsize)
+    fine = chunk * max(1, round(text.num_key_value_heads * text.head_dim / chunk))
+    if fine >= rows or not _nearly_fits(config, dtype, device_bytes, encodings):
+        return rows
+    count, rest = divmod(text.vocab_size, rows)
+    if rest < FINE_BLOCKS * fine:
+        count, rest = count - 1, rest + rows
+    few, last = divmod(rest, fine)
+    return _mixed(count, rows, few, fine) + ((last,) if last else ())
+
+
+def _nearly_fits(config: Config, dtype: np.dtype, device_bytes: int, encodings: Encodings) -> bool:
+    """Whether a token reads as much as fits, give or take all matrices of keys and values."""
+    # No pictures, and of the embedding table only rows.
+    tables = () if config.tie_word_embeddings else ("language_model.embed_tokens.",)
+    read = [one for one in arrays(config) if not one.path.startswith(("visual.", *tables))]
+    smallest = [one for one in read if one.path.endswith((".k_proj.weight", ".v_proj.weight"))]
+    lacking = resting_bytes(read, encodings, dtype) - device_bytes
+    return abs(lacking) <= resting_bytes(smallest, encodings, dtype)
+
+
+def _mixed(count: int, rows: int, few: int, fine: int) -> tuple[int, ...]:
+    """Blocks of `rows` in three equal parts, and half of the fine ones between each two parts."""
+    first, second, half = count // 3, 2 * count // 3, few // 2
+    return (
+        *(rows,) * first,
+        *(fine,) * half,
+        *(rows,) * (second - first),
+        *(fine,) * (few - half),
+        *(rows,) * (count - second),
+    )
 
 
 def _largest_step(config: Config) -> int:

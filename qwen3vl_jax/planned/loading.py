@@ -26,13 +26,13 @@ from qwen3vl_jax.generation_settings import load_settings
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import kv_of, named_dtype
 from qwen3vl_jax.planned.encoded_store import Place, encoded_store
-from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_rows
+from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_blocks
 from qwen3vl_jax.planned.options import LEVELS
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.shapes import check_context
 from qwen3vl_jax.planned.skeleton import shape_network
-from qwen3vl_jax.weights import Entry, arrays, table
+from qwen3vl_jax.weights import Entry, arrays, row_blocks, table
 
 MEASURE_S = 0.3
 
@@ -83,7 +83,8 @@ def load(
         path, budgets = _encoded(Path(path), config, chosen, machine, budgets)
         config, encodings = described(path)
         machine = this_machine(budgets)
-    rows = vocab_rows(config, chosen)
+    device_bytes = machine.tier(DEVICE).capacity_bytes
+    rows = vocab_blocks(config, chosen, device_bytes, encodings)
     network = shape_network(config, dtype=chosen, vocab_rows=rows, encodings=encodings)
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, config))
@@ -95,11 +96,9 @@ def load(
             entries,
             machine,
             sources(checkpoint, entries),
-            EmbeddingRows(checkpoint, _embedding(config), rows),
+            EmbeddingRows(checkpoint, _embedding(config), row_blocks(config.text.vocab_size, rows)),
             encodings=encodings,
-            granularity=choose_granularity(
-                config, chosen, machine.tier(DEVICE).capacity_bytes, encodings
-            ),
+            granularity=choose_granularity(config, chosen, device_bytes, encodings),
             nvme_dir=_folder(budgets),
             nvme_space_bytes=_bytes(budgets.nvme_space),
             max_context=budgets.max_context,

@@ -14,16 +14,17 @@ from qwen3vl_jax.weights import Entry
 
 READ_BYTES = 4 << 20  # a store reads its chunks whole, and they have at most so many
 Resident = Callable[[str], Array | None]
+Blocks = tuple[tuple[int, int], ...]
 
 
 class EmbeddingRows:
     """Looks rows up in memory or in an open checkpoint. Keeps none: memory stays as it is."""
 
-    def __init__(self, checkpoint: Checkpoint, table: Entry, block_rows: int) -> None:
-        """`table` is the whole embedding matrix, `block_rows` the rows of one of its blocks."""
+    def __init__(self, checkpoint: Checkpoint, table: Entry, blocks: Blocks) -> None:
+        """`table` is the whole embedding matrix, `blocks` are ranges of its rows, in order."""
         self._checkpoint = checkpoint
         self._table = table
-        self._block_rows = block_rows
+        self._blocks = blocks
         self._dtype = checkpoint.dtype_of(table)
 
     def __call__(
@@ -36,12 +37,13 @@ class EmbeddingRows:
         """
         wanted, places = np.unique(np.asarray(token_ids), return_inverse=True)
         found = np.empty((len(wanted), self._table.shape[1]), self._dtype)
-        for first, stop in _groups(wanted, self._block_rows):
-            index = int(wanted[first]) // self._block_rows
+        for index, (low, high) in enumerate(self._blocks):
+            first, stop = np.searchsorted(wanted, (low, high))
+            if first == stop:
+                continue
             block = resident(f"{self._table.path}.{index}")
             if block is not None:
-                inside = wanted[first:stop] - index * self._block_rows
-                found[first:stop] = np.asarray(block)[inside]
+                found[first:stop] = np.asarray(block)[wanted[first:stop] - low]
             else:
                 self._read(wanted[first:stop], found[first:stop])
         return found[places.reshape(np.shape(token_ids))]

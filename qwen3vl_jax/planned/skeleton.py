@@ -18,7 +18,7 @@ from qwen3vl_jax.network import OneKey, Qwen3VLNetwork, abstract_network
 from qwen3vl_jax.parameters import encoded_shape
 from qwen3vl_jax.text import DecoderLayer
 from qwen3vl_jax.vision import VisionBlock
-from qwen3vl_jax.weights import row_blocks
+from qwen3vl_jax.weights import Rows, row_blocks
 
 Parts = tuple[tuple[str, Encoding], ...]  # the place of each matrix in a module
 
@@ -27,7 +27,7 @@ def shape_network(
     config: Config,
     *,
     dtype: np.dtype,
-    vocab_rows: int | None,
+    vocab_rows: Rows,
     encodings: Encodings = NOTHING_ENCODED,
 ) -> Qwen3VLNetwork:
     """Shapes and dtypes of all weights under their paths; equal layers share theirs."""
@@ -69,7 +69,7 @@ def _parts(encodings: Encodings, prefix: str) -> dict[int, Parts]:
     return {index: tuple(sorted(parts, key=lambda part: part[0])) for index, parts in found.items()}
 
 
-def _outside(encodings: Encodings, config: Config, vocab_rows: int | None) -> Parts:
+def _outside(encodings: Encodings, config: Config, vocab_rows: Rows) -> Parts:
     """Encoded matrices that are in no layer; the head in its blocks."""
     layers = ("language_model.layers.", "visual.blocks.")
     outside = {name: e for name, e in encodings.items() if not name.startswith(layers)}

@@ -133,8 +133,8 @@ def run_sweep(
                 plan_seconds=plan_seconds,
             )
         except DoesNotFitError as error:
-            return Point(value, smallest_bytes=dict(error.smallest), refused=str(error))
-        return _figures(value, found)
+            return refused(value, error)
+        return figures(value, found)
 
     for value in sweep.values:
         try:
@@ -158,7 +158,13 @@ def _just_enough(sweep: Sweep, points: list[Point]) -> int | None:
     return whole[0].needed_bytes
 
 
-def _figures(value: int, found: Forecast) -> Point:
+def refused(value: int, error: DoesNotFitError) -> Point:
+    """A point that does not fit."""
+    return Point(value, smallest_bytes=dict(error.smallest), refused=str(error))
+
+
+def figures(value: int, found: Forecast) -> Point:
+    """What a forecast makes of a point."""
     decode = found.summaries["decode"]
     moved = decode.link_bytes.items()
     return Point(

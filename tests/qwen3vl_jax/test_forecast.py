@@ -1,6 +1,7 @@
 """Planning from a config.json alone: what is predicted agrees with counts made by hand."""
 
 import functools
+import itertools
 import json
 import math
 import subprocess
@@ -22,7 +23,7 @@ from memsched.tracing.function import Kernels
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.network import abstract_network
-from qwen3vl_jax.planned.forecast import Forecast, forecast, works_of
+from qwen3vl_jax.planned.forecast import Forecast, forecast, traced_request, works_of
 from qwen3vl_jax.planned.forecast_data import forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
@@ -200,6 +201,19 @@ def test_a_refusal_names_budgets_that_work_and_are_the_least(name: str, machine:
     less = works.with_capacities({"device": least["device"] * 9 // 10})
     with pytest.raises(DoesNotFitError):
         forecast(config(name), less, request, dtype=FLOAT32)
+
+
+@pytest.mark.parametrize("batch", [4, 8, 16])
+def test_caches_that_crowd_the_host_leave_a_plan_or_a_budget_that_works(batch: int) -> None:
+    request = Request(20, 7, batch=batch)
+    tracer = traced_request(config("dense"), request, FLOAT32)
+    for device, host in itertools.product((300_000, 1_000_000), (1_200_000, 1_600_000, 2_400_000)):
+        machine = profile("i5-10210u-sm61-nvme").with_capacities({"device": device, "host": host})
+        try:
+            forecast(config("dense"), machine, request, dtype=FLOAT32, tracer=tracer)
+        except DoesNotFitError as refused:
+            larger = machine.with_capacities(refused.smallest)
+            forecast(config("dense"), larger, request, dtype=FLOAT32, tracer=tracer)
 
 
 def test_a_longer_context_takes_more() -> None:

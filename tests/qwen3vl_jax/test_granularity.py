@@ -18,7 +18,13 @@ from qwen3vl_jax import weights
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
 from qwen3vl_jax.planned.forecast import traced_request
-from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, finest, vocab_rows
+from qwen3vl_jax.planned.granularity import (
+    WORKING_BYTES,
+    choose_granularity,
+    finest,
+    vocab_blocks,
+    vocab_rows,
+)
 from qwen3vl_jax.planned.request import Request
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +78,29 @@ def test_a_block_of_the_vocabulary_is_no_larger_than_a_step_of_a_layer(path: Pat
     assert rows % math.ceil(text.vocab_size / chunks) == 0
 
 
+@pytest.mark.parametrize("path", OFFICIAL, ids=lambda path: path.stem)
+def test_some_blocks_are_as_small_as_keys_where_nearly_all_fits(path: Path) -> None:
+    config = load_config(path)
+    text, rows = config.text, vocab_rows(config, BFLOAT16)
+    keys = text.num_key_value_heads * text.head_dim
+    all_keys_bytes = 2 * 2 * text.num_hidden_layers * keys * text.hidden_size
+    entries = [one for one in weights.arrays(config) if not one.path.startswith("visual.")]
+    if not config.tie_word_embeddings:
+        entries = [one for one in entries if "embed_tokens" not in one.path]
+    read_bytes = 2 * sum(math.prod(one.shape) for one in entries)
+    for device_bytes in (read_bytes // 2, read_bytes - all_keys_bytes - 1, 2 * read_bytes):
+        assert vocab_blocks(config, BFLOAT16, device_bytes) == rows
+    for device_bytes in (read_bytes - all_keys_bytes, read_bytes):
+        found = vocab_blocks(config, BFLOAT16, device_bytes)
+        assert isinstance(found, tuple)
+        assert sum(found) == text.vocab_size
+        chunk = math.gcd(*found[:-1])  # one of the store's, or several
+        assert 2 * chunk * text.hidden_size > 2**21
+        small = [size for size in found[:-1] if size < rows]
+        assert 4 <= len(small) <= len(found) - found.count(rows)
+        assert all(abs(size - keys) <= chunk for size in small)
+
+
 def scaled(name: str) -> Machine:
     """A machine for models a thousand times smaller than the official ones: so are latencies."""
     found = load_machine(ROOT / "configs" / "machines" / f"{name}.toml")
@@ -84,7 +113,9 @@ def scaled(name: str) -> Machine:
 def decode_seconds(name: str, machine: str, share: float, granularity: Granularity) -> float:
     """Predicted seconds of a token with so much of what everything takes."""
     config = load_config(tiny.DATA / name)
-    one = traced_request(config, Request(20, 7), FLOAT32)(granularity)["decode"]
+    one = traced_request(config, Request(20, 7), FLOAT32)(granularity, vocab_rows(config, FLOAT32))[
+        "decode"
+    ]
     program = one.program
     nbytes = sum(spec.nbytes for spec in program.arrays.values() if spec.kind == "weight")
     others = max(step.workspace_bytes for step in program.steps) + sum(

@@ -16,8 +16,10 @@ from memsched.plan import Plan
 from memsched.program import Program
 from memsched.referee import verify
 from qwen3vl_jax import Qwen3VL
+from qwen3vl_jax.config import load_config
 from qwen3vl_jax.generation import Session
 from qwen3vl_jax.generation_settings import GenerationSettings
+from qwen3vl_jax.planned import loading
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -183,6 +185,26 @@ def test_from_pretrained_takes_a_budget_and_measures_the_machine(
         assert all_answers(model, tiny.inputs("text")) == wanted("dense", "text")
         peaks = helper.runner_of(model).executor.ledger_peak_bytes
         assert 1_000_000 < peaks[DEVICE] <= 1_500_000
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_tied"])
+def test_vocabularies_in_blocks_of_several_sizes_change_no_bit(
+    name: str,
+    located: Callable[[str, str], Path],
+    wanted: Callable[[str, str], Bits],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = located(name, "huggingface")
+    whole = load_config(path / "config.json").text.vocab_size
+    rows = (whole // 2, 16, 16, whole // 4, whole - whole // 2 - whole // 4 - 32)
+    monkeypatch.setattr(loading, "vocab_blocks", lambda *_: rows)
+    model = Qwen3VL.from_pretrained(path, device_memory="1.5MB")
+    try:
+        assert all_answers(model, tiny.inputs("text")) == wanted(name, "text")
+        table = model.network.language_model.embed_tokens.weight
+        assert tuple(block.get_value().shape[0] for block in table) == rows
     finally:
         model.close()
 

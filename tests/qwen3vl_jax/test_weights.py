@@ -150,6 +150,13 @@ def test_blocks_of_a_given_size_leave_the_rest_to_the_last() -> None:
         row_blocks(10, 0)
 
 
+def test_blocks_may_have_sizes_of_their_own() -> None:
+    assert row_blocks(10, (4, 1, 3, 2)) == ((0, 4), (4, 5), (5, 8), (8, 10))
+    for rows, says in (((4, 5), "are 9 .* wanted 10"), ((4, 0, 6), "blocks of 0"), ((), "are 0")):
+        with pytest.raises(UsageError, match=says):
+            row_blocks(10, rows)
+
+
 def _missing(tensors: factory.Tensors) -> str:
     del tensors["model.visual.merger.norm.bias"]
     return "misses tensor 'model.visual.merger.norm.bias'"

@@ -97,6 +97,39 @@ def test_a_level_says_which_codec_each_array_gets_and_why(
                 assert f"; {codec}: " in why
 
 
+def test_the_best_batch_is_planned_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*COMMON, "--device-memory", "1.5MB"]
+    text, shown = tmp_path / "plan.txt", tmp_path / "plan.html"
+    for report in (text, shown):
+        assert script().main([*arguments, "--batch", "auto", "--report", str(report)]) == 0
+    assert text.read_text() in capsys.readouterr().out
+    assert script().main([*arguments, "--batch", "auto", "--json"]) == 0
+    auto = json.loads(capsys.readouterr().out.splitlines()[-1])
+    batches = auto["batches"]
+    assert batches["binds"] == "memory"
+    assert f"the best batch is {batches['chosen']}, memory binds" in text.read_text()
+    assert f"the best batch is {batches['chosen']}, memory binds" in shown.read_text()
+    assert auto["assumptions"]["request"]["batch"] == batches["chosen"] > 1
+    assert script().main([*arguments, "--batch", str(batches["chosen"]), "--json"]) == 0
+    given = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert given["tokens_per_s"] == auto["tokens_per_s"]
+    rates = [one["tokens_per_s"] for one in batches["points"] if one["fits"]]
+    assert max(rates) == auto["tokens_per_s"]
+
+
+def test_where_no_batch_fits_the_refusal_is_that_of_one_row(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = []
+    for batch in ("1", "auto"):
+        assert script().main([*COMMON, "--device-memory", "100kB", "--batch", batch]) == 3
+        said.append([row for row in capsys.readouterr().err.splitlines() if "planning" not in row])
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+
+
 def test_a_trace_and_a_plan_are_written(tmp_path: Path) -> None:
     trace, plans = tmp_path / "plan.perfetto.json", tmp_path / "plans.json"
     assert script().main([*COMMON, "--report", str(trace), "--save-plan", str(plans)]) == 0
@@ -127,6 +160,9 @@ def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
         ((*COMMON, "--images", "64"), 2, "448x448"),
         ((*COMMON, "--images", "1x900"), 2, "aspect ratio"),
         ((*COMMON, "--batch", "0"), 2, "less than 1"),
+        ((*COMMON, "--batch", "many"), 2, "many: a count or auto is wanted"),
+        ((*COMMON, "--batch", "auto", "--sweep", "batch=1..2"), 2, "drop --aot and --sweep"),
+        ((*COMMON, "--batch", "auto", "--max-context", "30"), 2, "max_context 30 is less"),
         ((*COMMON, "--report", "plan.pdf"), 2, ".json, .txt, .html"),
         ((*COMMON, "--sweep", "luck=1..2"), 2, "device-memory, host-memory"),
         ((*COMMON, "--sweep", "batch=1..2", "--level", "balanced"), 2, "drop --level"),
