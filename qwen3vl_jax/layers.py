@@ -22,14 +22,24 @@ def cut(arrays: Arrays) -> Arrays:
     return jax.tree.map(jax.lax.optimization_barrier, arrays)
 
 
+class ShapesOnly(nnx.Rngs):
+    """In the place of keys where only shapes are wanted: to trace draws takes most of the time."""
+
+
+def normal(rngs: nnx.Rngs, *shape: int) -> Float[Array, "*shape"]:
+    """Normal numbers, float32; zeros of `ShapesOnly`."""
+    if isinstance(rngs, ShapesOnly):
+        return jnp.zeros(shape, jnp.float32)
+    return jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
 class Linear(nnx.Module):
     """x @ weight.T + bias, with the weight as checkpoints hold it: [out, ...inputs]."""
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        draw = jax.random.normal(rngs.params(), (outputs, inputs), jnp.float32)
-        self.weight = nnx.Param((draw * inputs**-0.5).astype(dtype))
+        self.weight = nnx.Param((normal(rngs, outputs, inputs) * inputs**-0.5).astype(dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:

@@ -35,6 +35,7 @@ from qwen3vl_jax.network import (
 from qwen3vl_jax.parameters import Source, draw_all, kv_of, named_dtype, read_all, source_of
 from qwen3vl_jax.phases import Direct, Runner, phases
 from qwen3vl_jax.prefill import encode, prefill
+from qwen3vl_jax.progress import Display
 from qwen3vl_jax.prompt_cache import PromptCache, Recall
 from qwen3vl_jax.weights import block_rows, table
 
@@ -80,6 +81,7 @@ class Qwen3VL:
         prompt_cache: str | Path | None = None,
         prompt_cache_space: int | str | None = None,
         kv: str | None = None,
+        display: Display | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
 
@@ -106,6 +108,7 @@ class Qwen3VL:
                 for it; answers stay the same.
             prompt_cache_space: how much of that; by default 4 GB.
             kv: how caches are stored: "raw", or "int8" in half the bytes; None: as the level says.
+            display: shows how an encoded store is made (`progress`); by default on a terminal only.
 
         Raises:
             ConfigError, WeightError: the checkpoint is not a complete Qwen3-VL.
@@ -121,7 +124,7 @@ class Qwen3VL:
         if not budgets.asked:
             source = source_of(path, dtype, codec, level)
             model = cls._of_memory(source, load_settings(path), vocab_blocks, kv_of(kv, level))
-        model = model or load(path, dtype=dtype, budgets=budgets, codec=codec)
+        model = model or load(path, dtype=dtype, budgets=budgets, codec=codec, display=display)
         if prompt_cache is not None:
             keep_prompts(model, path, prompt_cache, prompt_cache_space, encoded_by=(codec, level))
         return model

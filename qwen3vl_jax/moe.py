@@ -18,7 +18,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from qwen3vl_jax.arrays import AnyArray, Leaf
 from qwen3vl_jax.config import TextConfig
-from qwen3vl_jax.layers import Linear, cut
+from qwen3vl_jax.layers import Linear, cut, normal
 from qwen3vl_jax.linear import linear
 
 SMALLEST_GROUP, LARGEST_GROUP = 4, 64  # rows of one product; up to 8 cost as much as one
@@ -29,8 +29,8 @@ class Expert(nnx.Module):
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         size, wide = config.hidden_size, config.moe_intermediate_size
-        gate_up = jax.random.normal(rngs.params(), (2 * wide, size), jnp.float32) * size**-0.5
-        down = jax.random.normal(rngs.params(), (size, wide), jnp.float32) * wide**-0.5
+        gate_up = normal(rngs, 2 * wide, size) * size**-0.5
+        down = normal(rngs, size, wide) * wide**-0.5
         self.gate_up_proj = nnx.Param(gate_up.astype(dtype))
         self.down_proj = nnx.Param(down.astype(dtype))
 

@@ -18,6 +18,7 @@ from qwen3vl_jax.arrays import AnyArray, Leaf
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.frames import Piece
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity, forward_layer
+from qwen3vl_jax.layers import ShapesOnly
 from qwen3vl_jax.weights import Rows
 
 
@@ -42,19 +43,12 @@ class Qwen3VLNetwork(nnx.Module):
         return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
 
 
-class OneKey(nnx.Rngs):
-    """Always the same key, where shapes are wanted: in a trace, counting takes quadratic time."""
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
-
-
 def abstract_network(
     config: Config, *, dtype: DTypeLike, vocab_rows: Rows = None
 ) -> Qwen3VLNetwork:
     """Shapes and dtypes of all weights, with no memory behind them."""
     return nnx.eval_shape(
-        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=OneKey(), vocab_rows=vocab_rows)
+        lambda: Qwen3VLNetwork(config, dtype=dtype, rngs=ShapesOnly(), vocab_rows=vocab_rows)
     )
 
 

@@ -22,7 +22,7 @@ from qwen3vl_jax.cache import LayerCache, write
 from qwen3vl_jax.cache_attention import cached_attention
 from qwen3vl_jax.config import RopeConfig, TextConfig
 from qwen3vl_jax.encoded import Encoded
-from qwen3vl_jax.layers import Linear, RMSNorm, cut
+from qwen3vl_jax.layers import Linear, RMSNorm, cut, normal
 from qwen3vl_jax.linear import linear
 from qwen3vl_jax.moe import SparseMLP
 from qwen3vl_jax.rope import rotate, text_rotation
@@ -38,7 +38,7 @@ class VocabularyMatrix(nnx.Module):
         scale = config.hidden_size**-0.5
 
         def block(rows: int) -> nnx.Param[Array]:
-            values = jax.random.normal(rngs.params(), (rows, config.hidden_size)) * scale
+            values = normal(rngs, rows, config.hidden_size) * scale
             return nnx.Param(values.astype(dtype))
 
         blocks = row_blocks(config.vocab_size, vocab_rows)

@@ -18,7 +18,7 @@ from qwen3vl_jax.arrays import AnyArray
 from qwen3vl_jax.attention import attention
 from qwen3vl_jax.config import VisionConfig
 from qwen3vl_jax.frames import Piece
-from qwen3vl_jax.layers import LayerNorm, Linear
+from qwen3vl_jax.layers import LayerNorm, Linear, normal
 from qwen3vl_jax.rope import rotate, vision_rotation
 
 
@@ -42,8 +42,7 @@ class PositionTable(nnx.Module):
     """A square of learned positions, read between its points."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        shape = (config.num_position_embeddings, config.hidden_size)
-        draw = jax.random.normal(rngs.params(), shape, jnp.float32)
+        draw = normal(rngs, config.num_position_embeddings, config.hidden_size)
         self.weight = nnx.Param((draw * 0.02).astype(dtype))
 
     def __call__(

@@ -33,6 +33,7 @@ from qwen3vl_jax.planned.options import LEVELS
 
 if TYPE_CHECKING:
     from qwen3vl_jax.checkpoints.selection import Calibration
+    from qwen3vl_jax.progress import ProgressBar
 
 AUTO = "auto"
 MOST_PROMPT_BYTES = 1 << 20
@@ -93,9 +94,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> str:
     from qwen3vl_jax.checkpoints import verification
+    from qwen3vl_jax.progress import ProgressBar
 
     source, destination = arguments.source, arguments.destination
-    with _ProgressBar() as progress:
+    with ProgressBar() as progress:
         if destination is None:
             verification.verify_store(source, progress=progress)
             return f"{source}: every byte is as the manifest says"
@@ -108,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> str:
     return f"wrote {destination}"
 
 
-def _convert(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
+def _convert(arguments: argparse.Namespace, progress: "ProgressBar") -> None:
     source, destination = arguments.source, arguments.destination
     if arguments.to_orbax:
         from qwen3vl_jax.checkpoints.orbax_export import to_orbax
@@ -127,7 +129,7 @@ def _convert(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
         to_store(source, destination, dtype=dtype, progress=progress, codecs=codecs)
 
 
-def _choose(arguments: argparse.Namespace, progress: "_ProgressBar") -> None:
+def _choose(arguments: argparse.Namespace, progress: "ProgressBar") -> None:
     """Makes a store whose codecs are chosen, and says on stderr what was."""
     from qwen3vl_jax.checkpoints.conversion import to_store
     from qwen3vl_jax.checkpoints.selection import Selection, level_of, summary
@@ -178,47 +180,6 @@ def _codecs(source: Path, name: str | None) -> dict[str, str] | None:
     if name is None or codec_name(name) == "raw":
         return None
     return everywhere(load_config(source), name)
-
-
-class _ProgressBar:
-    """Bytes, rate and time left on stderr; one bar per stage, drawn only on a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        terminal = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=terminal,
-            disable=not terminal.is_terminal,
-        )
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """Draw a new bar."""
-        self._task = self._progress.add_task(name, total=total_bytes)
-
-    def advance(self, nbytes: int) -> None:
-        """Move the bar."""
-        self._progress.advance(self._task, nbytes)
-
-    def __enter__(self) -> "_ProgressBar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from qwen3vl_jax.answer_options import add_question, add_settings, check_options
 from qwen3vl_jax.errors import Qwen3VLError
 from qwen3vl_jax.interrupts import Guard, Meaning
 from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
+from qwen3vl_jax.progress import ProgressBar, Silent
 
 if TYPE_CHECKING:
     from qwen3vl_jax import Qwen3VL
@@ -223,13 +224,15 @@ def _opened(options: argparse.Namespace) -> "Qwen3VL":
     """A model; one with plans, whatever is free, where they are given or to be reported."""
     budgets = budget_arguments(options) | {"max_context": options.max_context}
     wanted = options.plan is not None or options.report is not None
+    display = Silent() if options.quiet else ProgressBar()
     if wanted or options.adapt or options.learn:
         from qwen3vl_jax.planned.loading import Budgets, load
 
-        return load(options.model, dtype=options.dtype, budgets=Budgets(**budgets))
+        limits = Budgets(**budgets)
+        return load(options.model, dtype=options.dtype, budgets=limits, display=display)
     from qwen3vl_jax import Qwen3VL
 
-    return Qwen3VL.from_pretrained(options.model, dtype=options.dtype, **budgets)
+    return Qwen3VL.from_pretrained(options.model, dtype=options.dtype, display=display, **budgets)
 
 
 def _remembering(options: argparse.Namespace) -> "Qwen3VL":

@@ -56,10 +56,13 @@ class Solution:
 def solve(masses: Masses) -> Solution:
     """The bound of all schedules."""
     best: Solution | None = None
+    problem = problem_of(masses, flights(masses))
     for passing in _passing(masses):
-        found = _solve(masses, passing)
+        found = _solve(problem.with_passing(passing), passing)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
+            if best.seconds <= masses.compute_s:
+                break  # no pass is shorter than its steps
     assert best is not None, "with the largest weight passing there is always a solution"
     return best
 
@@ -83,7 +86,7 @@ def _passing(masses: Masses) -> Iterator[int | None]:
 
 def least_busy_s(masses: Masses) -> dict[str, float]:
     """How long each lane is busy at least, were it the only one that counts."""
-    problem = problem_of(masses, None)
+    problem = problem_of(masses).with_passing(None)
     found = {COMPUTE: masses.compute_s}
     for part in (part for parts in problem.parts for part in parts):
         if part.lane != masses.out_lane:
@@ -94,12 +97,11 @@ def least_busy_s(masses: Masses) -> dict[str, float]:
     return found
 
 
-def _solve(masses: Masses, passing: int | None) -> Solution | None:
+def _solve(problem: Problem, passing: int | None) -> Solution | None:
     """The bound where no weight larger than this passes through the host; None if none can."""
-    problem = problem_of(masses, passing, flights(masses))
     large = [
         index
-        for index, one in enumerate(masses.weights)
+        for index, one in enumerate(problem.columns.masses.weights)
         if passing is not None and one.host_bytes > passing
     ]
     found = _minimum(problem, problem.columns.row(seconds=1.0), large)

@@ -112,6 +112,17 @@ class Problem:
         limit = sum(part.limit for part in parts) / self.columns.second_unit
         self._add(row, limit, (), parts)
 
+    def with_passing(self, passing: int | None) -> "Problem":
+        """The same, and room in both tiers for the largest weight that passes through the host.
+
+        Args:
+            passing: its bytes, None if unknown.
+        """
+        rows, limits = [*self.rows], [*self.limits]
+        found = Problem(self.columns, rows, limits, [*self.tiers], [*self.parts])
+        _hold_passing(found, passing)
+        return found
+
     def _add(self, row: Row, limit: float, tiers: tuple[str, ...], parts: tuple[Part, ...]) -> None:
         self.rows.append(row)
         self.limits.append(limit)
@@ -119,12 +130,11 @@ class Problem:
         self.parts.append(parts)
 
 
-def problem_of(masses: Masses, passing: int | None, flights: tuple[Flight, ...] = ()) -> Problem:
-    """All constraints but bounds.
+def problem_of(masses: Masses, flights: tuple[Flight, ...] = ()) -> Problem:
+    """All constraints but bounds and `Problem.with_passing`.
 
     Args:
         masses: the program on its machine.
-        passing: bytes of the largest weight that passes through the host, None if unknown.
         flights: what may be copied beside steps. With none, copies take no room.
     """
     copies_s = [one.count * (one.arrival_s + one.staging_s) for one in masses.weights]
@@ -135,7 +145,7 @@ def problem_of(masses: Masses, passing: int | None, flights: tuple[Flight, ...] 
     _hold_shares(problem)
     _hold_windows(problem)
     _hold_flights(problem)
-    _hold_between(problem, passing)
+    _hold_between(problem)
     return problem
 
 
@@ -234,22 +244,28 @@ def _hold_flights(problem: Problem) -> None:
             )
 
 
-def _hold_between(problem: Problem, passing: int | None) -> None:
-    """Between two passes, and while the largest passing weight goes from the host to the device:
-    then it takes room in both.
-    """
+def _hold_between(problem: Problem) -> None:
+    """Between two passes."""
     masses, columns = problem.columns.masses, problem.columns
     room = masses.device_capacity_bytes - masses.between_bytes
     kept = [one.count * one.device_bytes for one in masses.weights]
     problem.hold(columns.row(kept), room, DEVICE)
+    if masses.host_capacity_bytes is not None:
+        either = [one.count * least_bytes(one) for one in masses.weights]
+        room += masses.host_capacity_bytes
+        problem.hold(columns.row(either, either), room, DEVICE, HOST)
+
+
+def _hold_passing(problem: Problem, passing: int | None) -> None:
+    """While the largest passing weight goes from the host to the device it takes room in both."""
+    masses, columns = problem.columns.masses, problem.columns
     if masses.host_capacity_bytes is None:
         return
     either = [one.count * least_bytes(one) for one in masses.weights]
-    room += masses.host_capacity_bytes
-    problem.hold(columns.row(either, either), room, DEVICE, HOST)
     stays = [-one.count * one.device_bytes for one in masses.values]
     passing_bytes = [
         one.host_bytes + one.device_bytes for one in masses.weights if one.host_bytes == passing
     ]
-    room += masses.between_bytes - masses.stays_bytes - min(passing_bytes, default=0)
+    room = masses.device_capacity_bytes + masses.host_capacity_bytes
+    room -= masses.stays_bytes + min(passing_bytes, default=0)
     problem.hold(columns.row(either, either, stays), room, DEVICE, HOST)

@@ -95,7 +95,7 @@ def _ranges(sums: Sequence[tuple[int, ...]]) -> Iterator[_Range]:
 
 def _narrowed(masses: Masses, sums: Sequence[tuple[int, ...]], one: _Range) -> Problem:
     """The linear program for schedules in which the most that a step streams is in a range."""
-    problem = problem_of(masses, None)
+    problem = problem_of(masses).with_passing(None)
     columns = problem.columns
     tiny_bytes = _tiny_bytes(masses)
     rooms = []

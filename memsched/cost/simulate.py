@@ -7,6 +7,8 @@ steps and copies slow each other down is taken at its word (`sharing`).
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 
 from memsched.cost.reading import Reader
@@ -20,6 +22,7 @@ from memsched.program import Program
 
 # A repeated plan settles in its second round: the third is compared with the second.
 STEADY_ROUNDS = 3
+_LANE, _TAKES, _GIVES, _SLOWDOWN = map(operator.attrgetter, ("lane", "takes", "gives", "slowdown"))
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,11 +67,8 @@ def plan_seconds(plan: Plan, program: Program, machine: Machine, cost: CostModel
 
 def is_steady(plan: Plan, program: Program) -> bool:
     """Whether weights lie after the plan as they lay before it, so that it can follow itself."""
-    before, after = (
-        [one for one in rests if program.arrays[one.array].kind == "weight"]
-        for rests in (plan.entry, plan.exit)
-    )
-    return before == after or set(before) == set(after)
+    moved = set(plan.entry) ^ set(plan.exit)
+    return all(program.arrays[one.array].kind != "weight" for one in moved)
 
 
 def _rounds(tasks: Sequence[Task], rounds: int) -> list[list[tuple[float, float]]]:
@@ -76,14 +76,15 @@ def _rounds(tasks: Sequence[Task], rounds: int) -> list[list[tuple[float, float]
     if _contending(tasks):
         times = share([*tasks] * rounds)
         return [times[first : first + len(tasks)] for first in range(0, len(times), len(tasks))]
-    lanes = 1 + max((task.lane for task in tasks), default=0)
-    places = 1 + max((place for task in tasks for place in task.takes + task.gives), default=0)
+    lanes = 1 + max(map(_LANE, tasks), default=0)
+    used = itertools.chain(map(_TAKES, tasks), map(_GIVES, tasks))
+    places = 1 + max(itertools.chain.from_iterable(used), default=0)
     clock = _Clock(0.0, [0.0] * lanes, [0.0] * places, [0.0] * places)
     return [_advance(clock, tasks) for _ in range(rounds)]
 
 
 def _contending(tasks: Sequence[Task]) -> bool:
-    return any(task.slowdown != 1.0 for task in tasks)
+    return not {1.0}.issuperset(map(_SLOWDOWN, tasks))
 
 
 def _advance(clock: _Clock, tasks: Sequence[Task]) -> list[tuple[float, float]]:

@@ -81,6 +81,8 @@ def bound_and_prices(
         return lower_bound(plan, program, machine, cost), dict.fromkeys(tiers, 0.0)
     masses = read_masses(program, machine, cost)
     bound = _steady_bound(masses)
+    if bound.together_s <= masses.compute_s:
+        return bound, dict.fromkeys(tiers, 0.0)  # no pass is shorter than its steps
     more_s = {tier: solve(_with_more(masses, tier)).seconds for tier in tiers}
     return bound, {tier: bound.together_s - seconds for tier, seconds in more_s.items()}
 

@@ -7,21 +7,27 @@ from memsched.cost import CostModel
 from memsched.machine import HOST, NVME, Link, Machine
 from memsched.plan import Plan
 from memsched.program import Program
-from memsched.report.bound import lower_bound, prices_s_per_gb
+from memsched.report.bound import lower_bound
+from memsched.report.summary import Summary
 
 # What is twice as fast, under these names; tiers have their own.
 DISK, BUS, COMPUTE = "disk", "bus", "compute"
 
 
-def gains_s(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> dict[str, float]:
+def gains_s(
+    summary: Summary, plan: Plan, program: Program, machine: Machine, cost: CostModel
+) -> dict[str, float]:
     """Seconds that the bound falls, one by one, with 1 GB more of a tier, and with all links of the
     "disk", those between "host" and "device" ("bus") or "compute" twice as fast.
+
+    Args:
+        summary: of this plan on this machine.
     """
-    now_s = lower_bound(plan, program, machine, cost).seconds
+    now_s = summary.bound.seconds
     faster = {DISK: _faster_links(machine, _of_disk), COMPUTE: _faster_compute(machine)}
     if machine.has_tier(HOST):
         faster[BUS] = _faster_links(machine, lambda link: not _of_disk(link))
-    gains = prices_s_per_gb(plan, program, machine, cost)
+    gains = dict(summary.prices_s_per_gb)
     for name, other in faster.items():
         gains[name] = now_s - lower_bound(plan, program, other, cost).seconds
     return {name: max(0.0, seconds) for name, seconds in gains.items()}

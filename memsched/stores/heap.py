@@ -4,6 +4,9 @@ Only the GNU C library can be asked; with another one nothing happens.
 """
 
 import ctypes
+import functools
+from collections.abc import Callable
+from typing import cast
 
 _M_ARENA_MAX = -8
 _ARENAS = 2
@@ -24,8 +27,13 @@ def share() -> None:
 
 
 def _call(name: str, *arguments: int) -> None:
+    if function := _function(name):
+        function(*arguments)
+
+
+@functools.cache  # a library makes types of its own, in cycles, whenever it is opened
+def _function(name: str) -> Callable[..., int] | None:
     try:
-        function = getattr(ctypes.CDLL(None), name)
+        return cast(Callable[..., int], getattr(ctypes.CDLL(None), name))
     except (AttributeError, OSError):
-        return
-    function(*arguments)
+        return None

@@ -6,7 +6,6 @@ from memsched.cost import CostModel
 from memsched.report import Line, Summary
 from memsched.report.chapter import Chapter, Cover
 from memsched.report.timeline import usual_spans
-from memsched.report.what_if import gains_s
 from qwen3vl_jax.planned.forecast import Forecast
 from qwen3vl_jax.planned.forecast_data import (
     first_token_seconds,
@@ -36,7 +35,7 @@ def forecast_chapters(found: Forecast) -> list[Chapter]:
                 count=one.work.count,
                 tokens=tokens_of(one),
                 moving_s=one.moving_s,
-                gains_s=gains_s(plan, program, machine, cost) if last else {},
+                gains_s=found.gains_s if last else {},
             )
         )
     return chapters

@@ -16,7 +16,7 @@ from memsched.cost import CostModel
 from memsched.errors import DoesNotFitError
 from memsched.machine import NVME, Machine
 from qwen3vl_jax.checkpoints.conversion import fingerprint, store_bytes, to_store
-from qwen3vl_jax.checkpoints.encodings import Encodings
+from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.checkpoints.files import sha256
 from qwen3vl_jax.checkpoints.opening import described
 from qwen3vl_jax.checkpoints.selection import Chooser, Selection, smallest
@@ -24,6 +24,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.planned.choosing import Chosen, candidates, chooser_for, chosen
 from qwen3vl_jax.planned.forecast import forecast
 from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.progress import Display
 
 # Room that a choice leaves for a cache, if nobody says for how many tokens.
 USUAL_CONTEXT = 640
@@ -89,9 +90,13 @@ def encoded_store(
     level: Level,
     place: Place,
     max_context: int | None,
+    display: Display,
 ) -> Made:
     """The store for these budgets, from an earlier run or made now; the checkpoint itself if no
     encoding would make it faster.
+
+    Args:
+        display: shows how far it is, and says what was made, and where.
 
     Raises:
         DoesNotFitError: it would take more than `place` has.
@@ -109,12 +114,21 @@ def encoded_store(
             return Made(path, 0)
         selection = Selection(level, chooser=_chooser(work))
         try:
-            to_store(path, target, dtype=dtype.name, progress=_Silent(), selection=selection)
+            with display:
+                to_store(path, target, dtype=dtype.name, progress=display, selection=selection)
         except _NothingGainedError:
+            display.say(f"no encoding makes {path} faster here: its weights stay as they are")
             return Made(path, 0)
+        display.say(_told(work, target))
     nbytes = work.nbytes(described(target)[1])
     _check_space(nbytes, place)
     return Made(target, nbytes)
+
+
+def _told(work: _Work, target: Path) -> str:
+    """What was made, and where."""
+    raw_bytes, nbytes = work.nbytes(NOTHING_ENCODED), work.nbytes(described(target)[1])
+    return f"encoded {raw_bytes:,} B of weights as {nbytes:,} B in {target}"
 
 
 def _request(config: Config, max_context: int | None) -> Request:
@@ -165,13 +179,3 @@ def _check_space(nbytes: int, place: Place) -> None:
             "scripts/convert.py --codec auto",
             {NVME: nbytes},
         )
-
-
-class _Silent:
-    """A progress that nobody sees."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """Nothing."""
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing."""

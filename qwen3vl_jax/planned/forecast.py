@@ -26,6 +26,7 @@ from memsched.passes.compile import compile_phases
 from memsched.plan import Plan, Residence
 from memsched.referee import verify
 from memsched.report import Summary, summarize
+from memsched.report.what_if import gains_s
 from qwen3vl_jax.buckets import bucket
 from qwen3vl_jax.cache import SMALLEST_CAPACITY
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
@@ -82,7 +83,7 @@ class Pass:
     moving_s: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Forecast:
     """A request in plans: all passes in their order, the last one decodes a token for each row.
 
@@ -108,6 +109,12 @@ class Forecast:
     def summaries(self) -> dict[str, Summary]:
         """The plans in numbers, by name."""
         return {one.work.name: one.summary for one in self.passes}
+
+    @functools.cached_property
+    def gains_s(self) -> Mapping[str, float]:
+        """Seconds that the bound of decoding falls, by what there is more of (`what_if`)."""
+        last = self.passes[-1]
+        return gains_s(last.summary, last.plan, last.traced.program, self.machine, self.cost)
 
 
 @uncollected()

@@ -10,7 +10,6 @@ from memsched.cost.learned import at_quantile, describe
 from memsched.errors import DoesNotFitError
 from memsched.machine import Machine
 from memsched.report import to_dict as summaries_to_dict
-from memsched.report.what_if import gains_s
 from qwen3vl_jax.phases import PREFILL_CHUNK
 from qwen3vl_jax.planned.forecast import Forecast, Pass
 from qwen3vl_jax.planned.request import Request
@@ -194,12 +193,10 @@ def request_seconds(found: Forecast) -> float:
 
 def rate_gains(found: Forecast) -> dict[str, float]:
     """Tokens/s that the bound of decoding allows more, by what there is more of (`what_if`)."""
-    last = found.passes[-1]
-    gains = gains_s(last.plan, last.traced.program, found.machine, found.cost)
-    now_s, rows = last.summary.bound.seconds, found.request.batch
+    now_s, rows = found.passes[-1].summary.bound.seconds, found.request.batch
     return {
         name: rows / (now_s - gain) - rows / now_s if now_s > gain else 0.0
-        for name, gain in gains.items()
+        for name, gain in found.gains_s.items()
     }
 
 

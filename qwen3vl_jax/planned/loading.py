@@ -32,6 +32,7 @@ from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.shapes import check_context
 from qwen3vl_jax.planned.skeleton import shape_network
+from qwen3vl_jax.progress import Display, on_terminal
 from qwen3vl_jax.weights import Entry, arrays, row_blocks, table
 
 MEASURE_S = 0.3
@@ -59,9 +60,15 @@ class Budgets:
 
 
 def load(
-    path: str | Path, *, dtype: str | None, budgets: Budgets, codec: str | None = None
+    path: str | Path,
+    *,
+    dtype: str | None,
+    budgets: Budgets,
+    codec: str | None = None,
+    display: Display | None = None,
 ) -> Qwen3VL:
-    """A model that keeps within the budgets.
+    """A model that keeps within the budgets. `display`, by default for a terminal, shows how an
+    encoded store is made.
 
     Raises:
         UsageError: a budget that makes no sense, or weights that cannot be read in place, which
@@ -80,7 +87,8 @@ def load(
     chosen = named_dtype(config.dtype if dtype is None else dtype)
     machine = this_machine(budgets)
     if budgets.level != "minimal" and not encodings:
-        path, budgets = _encoded(Path(path), config, chosen, machine, budgets)
+        shown = display or on_terminal()
+        path, budgets = _encoded(Path(path), config, chosen, machine, budgets, shown)
         config, encodings = described(path)
         machine = this_machine(budgets)
     device_bytes = machine.tier(DEVICE).capacity_bytes
@@ -111,7 +119,12 @@ def load(
 
 
 def _encoded(
-    path: Path, config: Config, dtype: np.dtype, machine: Machine, budgets: Budgets
+    path: Path,
+    config: Config,
+    dtype: np.dtype,
+    machine: Machine,
+    budgets: Budgets,
+    display: Display,
 ) -> tuple[Path, Budgets]:
     """A raw checkpoint as a store of its level, and the budgets that this leaves.
 
@@ -138,6 +151,7 @@ def _encoded(
         level=level_of(budgets.level),
         place=Place(folder, space, (asked, *memory)),
         max_context=budgets.max_context,
+        display=display,
     )
     left = None if space is None else space - made.nbytes
     return made.path, dataclasses.replace(budgets, nvme_space=left)

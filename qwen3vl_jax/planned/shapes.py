@@ -1,6 +1,7 @@
 """Shapes of what the phases take, before there is anything to take them from."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,13 @@ def cache_shapes(
     config: Config, batch: int, capacity: int, dtype: DTypeLike
 ) -> tuple[LayerCache, ...]:
     """The layers of a KV cache with rows of `dtype`, with shapes in the place of arrays."""
+    return _cache_shapes(config, batch, capacity, np.dtype(dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _cache_shapes(
+    config: Config, batch: int, capacity: int, dtype: np.dtype
+) -> tuple[LayerCache, ...]:
     return jax.eval_shape(
         lambda: new_cache(config.text, batch=batch, capacity=capacity, dtype=dtype).layers
     )

@@ -14,7 +14,8 @@ from flax import nnx
 
 from qwen3vl_jax.checkpoints.encodings import HEAD, NOTHING_ENCODED, Encoding, Encodings
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.network import OneKey, Qwen3VLNetwork, abstract_network
+from qwen3vl_jax.layers import ShapesOnly
+from qwen3vl_jax.network import Qwen3VLNetwork, abstract_network
 from qwen3vl_jax.parameters import encoded_shape
 from qwen3vl_jax.text import DecoderLayer
 from qwen3vl_jax.vision import VisionBlock
@@ -42,12 +43,12 @@ def shape_network(
 
     @functools.cache
     def layer(index: int, encoded: Parts) -> Any:
-        made = nnx.eval_shape(lambda: DecoderLayer(text, index, dtype=dtype, rngs=OneKey()))
+        made = nnx.eval_shape(lambda: DecoderLayer(text, index, dtype=dtype, rngs=ShapesOnly()))
         return _encoded(made, encoded)
 
     @functools.cache
     def block(encoded: Parts) -> Any:
-        made = nnx.eval_shape(lambda: VisionBlock(vision, dtype=dtype, rngs=OneKey()))
+        made = nnx.eval_shape(lambda: VisionBlock(vision, dtype=dtype, rngs=ShapesOnly()))
         return _encoded(made, encoded)
 
     sparse = [text.is_sparse(index) for index in range(text.num_hidden_layers)]

@@ -67,14 +67,14 @@ def test_what_more_is_worth_is_what_the_bound_falls() -> None:
     # 768 B 384 are read at 2e4 B/s, and not beside a step, where there is no room for what comes.
     # Computing takes 3 ms.
     machine = programs.tiny_machine(device=1024, nvme_bytes_per_s=2e4)
-    gains = gains_s(PINNED, CHAIN, machine, COST)
+    gains = gains_s(summarize(PINNED, CHAIN, machine, COST), PINNED, CHAIN, machine, COST)
     assert gains == {
         "device": pytest.approx(384 / 2e4),
         "disk": pytest.approx(384 / 2e4 / 2),
         "compute": pytest.approx(3e-3 / 2),
     }
     # With room for all, only computing counts.
-    assert gains_s(PINNED, CHAIN, SMALL, COST) == {
+    assert gains_s(summarize(PINNED, CHAIN, SMALL, COST), PINNED, CHAIN, SMALL, COST) == {
         "device": 0.0,
         "disk": 0.0,
         "compute": pytest.approx(1.5e-3),

@@ -1,14 +1,14 @@
 """Run by test_planned_pressure.py as its own process: `adapt_child.py JSON`.
 
 Decodes with a planned model, from the start in a memory control group if there is one. First its
-budget is lowered and raised by the call; then it adapts by itself, until a file appears. Prints one
-JSON object after each part.
+budget is lowered and raised by the call; then it adapts by itself: for every line of its input it
+decodes some tokens and prints how many it has, until the input ends. Prints one JSON object after
+each part.
 """
 
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ import planned_models as helper
 
 from memsched.stores.heap import give_back
 from qwen3vl_jax import Qwen3VL
-from qwen3vl_jax.planned.adapt import adapting
+from qwen3vl_jax.planned.adapt import INTERVAL_S, adapting
 
 PROMPT = {"input_ids": np.array([[5, 6, 7, 8]])}
 MOST_TOKENS = 900
 SETTLING = 5
-TOKEN_S = 0.02  # as long as larger weights take; looks are 0.05 s apart
+TOKENS_A_LINE = 8
+TOKEN_S = 2 * INTERVAL_S  # by the clock that it adapts by: a look before every token
 
 
 class Decoding:
@@ -65,12 +66,12 @@ def by_call(model: Qwen3VL, decoding: Decoding, low: int, high: int) -> dict[str
     return {"resident_bytes": found}
 
 
-def by_pressure(model: Qwen3VL, decoding: Decoding, stop: Path) -> dict[str, Any]:
-    """What was done while the group's limit was lowered from outside."""
-    with adapting(model) as adaptation:
-        while not stop.exists() and len(decoding.told) < MOST_TOKENS:
-            decoding.tokens(1)
-            time.sleep(TOKEN_S)
+def by_pressure(model: Qwen3VL, decoding: Decoding) -> dict[str, Any]:
+    """What was done while the group's limit was lowered from outside, before every line."""
+    with adapting(model, clock=lambda: TOKEN_S * len(decoding.told)) as adaptation:
+        while sys.stdin.readline():
+            decoding.tokens(TOKENS_A_LINE)
+            print(len(decoding.told), flush=True)
     return {"told": decoding.told, "budgets": [c.after_bytes for c in adaptation.changes]}
 
 
@@ -82,7 +83,7 @@ def main(asked: dict[str, Any]) -> None:
     )
     decoding = Decoding(model)
     print(json.dumps(by_call(model, decoding, asked["low"], asked["high"])), flush=True)
-    print(json.dumps(by_pressure(model, decoding, Path(asked["stop"]))), flush=True)
+    print(json.dumps(by_pressure(model, decoding)), flush=True)
     model.close()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,58 @@ def test_a_store_is_made_once_for_each_budget(
     assert len(stores(budgets["nvme_dir"])) == 3
     answers(store, given, level="aggressive", **budgets)  # what is encoded stays as it is
     assert len(stores(budgets["nvme_dir"])) == 3
+
+
+class Watched:
+    """Remembers what is shown: done and all bytes of each stage, and lines."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[int]] = {}
+        self.lines: list[str] = []
+
+    def __enter__(self) -> "Watched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stages["left"] = []
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        self.stages[name] = [0, total_bytes]
+
+    def advance(self, nbytes: int) -> None:
+        list(self.stages.values())[-1][0] += nbytes
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_who_watches_sees_each_stage_to_its_end_and_then_what_was_made_and_where(
+    tmp_path: Path,
+) -> None:
+    source, given, budgets = tiny.DATA / "dense", tiny.inputs("text"), options(tmp_path)
+    seen, again = Watched(), Watched()
+    answers(source, given, level="balanced", display=seen, **budgets)
+    (store,) = stores(budgets["nvme_dir"])
+    assert list(seen.stages) == ["measuring", "converting", "left"]
+    assert all(done == whole > 0 for done, whole in list(seen.stages.values())[:2])
+    files = [path.stat().st_size for path in store.rglob("*") if path.parent != store]
+    (line,) = seen.lines
+    shown = re.fullmatch(r"encoded ([\d,]+) B of weights as ([\d,]+) B in (.*)", line)
+    assert shown is not None
+    raw_bytes, nbytes = (int(shown[number].replace(",", "")) for number in (1, 2))
+    assert sum(files) <= nbytes < raw_bytes
+    assert shown[3] == str(store)
+    answers(source, given, level="balanced", display=again, **budgets)
+    assert (again.stages, again.lines) == ({}, [])
+
+
+def test_who_does_not_watch_hears_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, given, budgets = tiny.DATA / "dense", tiny.inputs("text"), options(tmp_path)
+    answers(source, given, level="balanced", **budgets)
+    assert stores(budgets["nvme_dir"])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_killed_attempt_goes_on_with_what_was_chosen(

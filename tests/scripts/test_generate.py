@@ -264,6 +264,24 @@ def test_a_plan_that_was_written_is_carried_out_and_reported(
     assert "traceEvents" in Path(trace).read_text()
 
 
+def test_the_store_that_a_level_makes_is_told_once_and_not_to_the_quiet(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    common = ["--model", MODEL, "-p", "what?", "-n", "2", "--greedy", "--level", "balanced"]
+    told = []
+    for place, more in (("a", []), ("a", []), ("b", ["-q"])):
+        limits = ["--device-memory", "1.5MB", "--nvme-dir", str(tmp_path / place)]
+        (tmp_path / place).mkdir(exist_ok=True)
+        assert script.main([*common, *limits, *more]) == 0
+        err = capsys.readouterr().err
+        told.append([line for line in err.splitlines() if line.startswith("encoded ")])
+    (store,) = (tmp_path / "a").glob("encoded-*")
+    (line,) = told[0]
+    assert line.endswith(f" in {store}")
+    assert told[1:] == [[], []]
+    assert list((tmp_path / "b").glob("encoded-*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

@@ -1,8 +1,7 @@
 """Slots of a ring: what comes first leaves first, and every round uses the same offsets."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # "array": the ring turns over when the next array does not fit before its end. "step": when all
 # arrays of the next step do not; nothing smaller than the largest step then ever gets stuck.
@@ -10,8 +9,7 @@ Wrap = Literal["array", "step"]
 WRAPS: tuple[Wrap, ...] = ("array", "step")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a visit lies in the ring. All visits before number `floor` must have left by then.
 
     Numbers below zero count back into the round before.

@@ -105,7 +105,9 @@ def _before_step(memory: _Memory, base: int, index: int) -> tuple[tuple[str, ...
     coming = tuple(name for name in names if name not in memory.held)
     wanted = sum(memory.needs.device_bytes[name] for name in coming)
     if memory.used + wanted > memory.budget_bytes:
-        free = dict.fromkeys(name for name in memory.held if name not in names)
+        free = memory.held.copy()
+        for name in names:
+            free.pop(name, None)
         while memory.used + wanted > memory.budget_bytes:
             victim = memory.policy.victim(free.keys(), base + index)
             memory.leave(victim)

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from memsched.machine import DEVICE, HOST, NVME
 from memsched.passes.lower.fifo import Slot, byte_slots, ring_slots
@@ -41,13 +40,9 @@ class _Stream:
     times: Times
 
 
-class _Event(NamedTuple):
-    """A move after step `step`. Moves there happen in the order of `number`, then `rank`."""
-
-    step: int
-    number: int
-    rank: int
-    move: Move
+# A move with its place: after which step, and there in the order of a number, then of a rank.
+_Event = tuple[int, int, int, Move]
+_ORDER, _MOVE = operator.itemgetter(0, 1), operator.itemgetter(2)
 
 
 def stream(needs: Needs, layout: Layout, *, repeat: bool) -> Moves | None:
@@ -216,42 +211,39 @@ def _renumbered(times: Times, numbers: Sequence[int], count: int) -> Times:
 
 def _events(stream: _Stream, rank: int) -> Iterator[_Event]:
     """A Copy and a Free for each visit."""
-    times = stream.times
-    for index, name in enumerate(stream.arrays):
-        move = Move(Copy(name, stream.source, stream.target), stream.offsets[index])
-        yield _Event(times.comes[index], stream.numbers[index], rank, move)
-        yield _Event(times.goes[index], times.gone_for[index], 0, Move(Free(name, stream.target)))
+    times, source, target = stream.times, stream.source, stream.target
+    rows = zip(stream.arrays, stream.offsets, stream.numbers, strict=True)
+    moments = zip(times.comes, times.goes, times.gone_for, strict=True)
+    for (name, offset, number), (comes, goes, gone_for) in zip(rows, moments, strict=True):
+        yield comes, number, rank, Move(Copy(name, source, target), offset)
+        yield goes, gone_for, 0, Move(Free(name, target))
 
 
 def _fold(needs: Needs, layout: Layout, streams: list[_Stream], clock: Clock) -> Moves:
     """Sorts all moves into one round, and says what rests where at its ends."""
-    before: list[list[_Event]] = [[] for _ in range(clock.steps + 1)]
+    before: list[list[tuple[int, int, Move]]] = [[] for _ in range(clock.steps + 1)]
     entry: list[Residence] = []
     count = 1 + max((number for stream in streams for number in stream.numbers), default=0)
     for stream in streams:
-        for event in _events(stream, 2 if stream.target == DEVICE else 1):
-            if clock.repeat and event.step < 0:
-                number = min(event.number + count, LATEST)
-                event = event._replace(step=event.step + clock.steps, number=number)
-            before[event.step + 1].append(event)
+        for step, number, rank, move in _events(stream, 2 if stream.target == DEVICE else 1):
+            if clock.repeat and step < 0:
+                step, number = step + clock.steps, min(number + count, LATEST)
+            before[step + 1].append((number, rank, move))
         for index, name in enumerate(stream.arrays):
             if clock.repeat and stream.times.comes[index] < 0 <= stream.times.goes[index]:
                 entry.append(Residence(name, stream.target, offset=stream.offsets[index]))
     if clock.repeat:
         entry += _resting(needs, layout)
-    moves = tuple(
-        tuple(event.move for event in sorted(events, key=operator.attrgetter("number", "rank")))
-        for events in before
-    )
+    moves = tuple(tuple(map(_MOVE, sorted(events, key=_ORDER))) for events in before)
     return Moves(tuple(entry), moves, tuple(entry))
 
 
 def _resting(needs: Needs, layout: Layout) -> Iterator[Residence]:
     """The pinned weights of this program."""
     arena = needs.machine.device_is_host
-    host = {} if layout.host is None else layout.host.pinned
+    device, host = layout.device.pinned, {} if layout.host is None else layout.host.pinned
     for name in needs.all_weights:
-        if name in layout.device.pinned:
-            yield Residence(name, DEVICE, offset=layout.device.pinned[name] if arena else None)
+        if name in device:
+            yield Residence(name, DEVICE, offset=device[name] if arena else None)
         if name in host:
             yield Residence(name, HOST, offset=host[name])

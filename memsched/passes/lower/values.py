@@ -242,7 +242,8 @@ def _too_small(tiers: _Tiers, found: int) -> DoesNotFitError:
 
 
 def _values(needs: Needs, names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if needs.program.arrays[name].kind != "weight")
+    arrays = needs.program.arrays
+    return tuple([name for name in names if arrays[name].kind != "weight"])
 
 
 def _touched(needs: Needs, step: Step) -> tuple[str, ...]:

@@ -1,13 +1,12 @@
 """When streamed weights are on the device: one visit for each run of steps that read them."""
 
-import dataclasses
 from collections.abc import Collection
+from typing import NamedTuple
 
 from memsched.passes.needs import Needs
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Visit:
+class Visit(NamedTuple):
     """A weight that must be on the device from step `first` to step `last`, both included."""
 
     array: str
@@ -28,7 +27,7 @@ def visits(needs: Needs, streamed: Collection[str], *, gap: int) -> tuple[Visit,
                 continue
             at = latest.get(name)
             if at is not None and index - found[at].last <= gap:
-                found[at] = dataclasses.replace(found[at], last=index)
+                found[at] = found[at]._replace(last=index)
             else:
                 latest[name] = len(found)
                 found.append(Visit(name, index, index))
