@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qwen3vl_jax.calibration import inputs_of, model_in_memory
 from qwen3vl_jax.checkpoints.encodings import (
     HEAD,
     TABLES,
@@ -24,15 +25,10 @@ from qwen3vl_jax.checkpoints.encodings import (
     with_own_head,
 )
 from qwen3vl_jax.checkpoints.sensitivity import classes
-from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.network import abstract_network, network_from_arrays
-from qwen3vl_jax.phases import Direct
-from qwen3vl_jax.processing.processor import Processor
 
 CODEC = "int4:32"
-MOST_PROMPTS = 8
-MOST_TOKENS = 128  # of each prompt, its last ones
 Arrays = dict[str, Any]
 
 
@@ -50,14 +46,7 @@ def measured_sensitivities(
     Raises:
         UsageError: no prompt, or no room for the weights.
     """
-    inputs = _inputs(path, _kept(prompts))
-    model = Qwen3VL.from_pretrained(path, dtype=dtype)
-    if not isinstance(model.runner, Direct):
-        model.close()
-        raise UsageError(
-            f"{path}: all its weights must fit in memory to be calibrated, and do not; "
-            "leave out --calibrate, or do this on a larger machine"
-        )
+    inputs, model = inputs_of(path, prompts), model_in_memory(path, dtype=dtype)
     paths = tuple(everywhere(model.config, CODEC))
     arrays = _with_own_head(model.parameters)
     wanted = _logits(model, arrays, inputs)
@@ -77,20 +66,13 @@ def measured_error(path: Path, store: Path, prompts: Sequence[str], *, dtype: st
     Raises:
         UsageError: no prompt.
     """
-    inputs, found = _inputs(path, _kept(prompts)), []
+    inputs, found = inputs_of(path, prompts), []
     for directory in (path, store):
         model = Qwen3VL.from_pretrained(directory, dtype=dtype)
         found.append(_scores(model, inputs))
         model.close()
         del model  # one at a time
     return _relative(found[1], found[0])
-
-
-def _kept(prompts: Sequence[str]) -> list[str]:
-    kept = [line.strip() for line in prompts if line.strip()][:MOST_PROMPTS]
-    if not kept:
-        raise UsageError("there is no prompt to calibrate with; give a file with one on each line")
-    return kept
 
 
 def _scores(model: Qwen3VL, inputs: dict[str, np.ndarray]) -> Float[np.ndarray, "N V"]:
@@ -102,13 +84,6 @@ def _scores(model: Qwen3VL, inputs: dict[str, np.ndarray]) -> Float[np.ndarray, 
 def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
     size = float(np.linalg.norm(wanted))
     return float(np.linalg.norm(found - wanted)) / size if size else 0.0
-
-
-def _inputs(path: Path, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """One batch, padded on the left."""
-    processor = Processor.from_pretrained(path)
-    given = processor([[{"role": "user", "content": prompt}] for prompt in prompts])
-    return {name: array[:, -MOST_TOKENS:] for name, array in given.items()}
 
 
 def _with_own_head(parameters: Arrays) -> Arrays:

@@ -17,8 +17,13 @@ sparse:block=S, svd:rank=R, svd:fraction=F; raw is none.
 --codec auto chooses for every matrix, so that the store is as small as the level's error budget
 allows: the matrix's own error by each codec, times how sensitive the logits are to it. Levels are
 the files in configs/levels; minimal changes no bit. Sensitivities are defaults by role, or measured
-with --calibrate, whose file has a prompt on each line (8 are used; all weights must fit in memory),
-and then kept in the store. encoding_report.json in the store says why each matrix is what it is.
+with --calibrate, and then kept in the store. encoding_report.json in the store says why each matrix
+is what it is.
+
+--calibrate FILE, with a prompt on each line (8 are used; all weights must fit in memory), also fits
+the codes of int8 and int4, chosen or not, to what these prompts multiply them with: the same bytes,
+and an error of the logits that is usually smaller. The mean squares of these inputs are kept in the
+store, so --verify can fit again; that they are those of your prompts it cannot see.
 """
 
 import argparse
@@ -27,12 +32,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3vl_jax import console
+from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.interrupts import EXIT_CODE as INTERRUPTED
 from qwen3vl_jax.interrupts import Guard
 from qwen3vl_jax.planned.options import LEVELS
 
 if TYPE_CHECKING:
-    from qwen3vl_jax.checkpoints.selection import Calibration
+    from qwen3vl_jax.checkpoints.input_squares import Inputs, Squares
+    from qwen3vl_jax.checkpoints.selection import Selection
     from qwen3vl_jax.progress import ProgressBar
 
 AUTO = "auto"
@@ -75,7 +82,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="E",
         help="relative error of the logits, predicted, in place of the level's",
     )
-    auto.add_argument("--calibrate", type=Path, metavar="FILE", help="measure sensitivities")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="fit codes to the prompts in a file"
+    )
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
     arguments = parser.parse_args(argv)
     exports = arguments.to_hf or arguments.to_orbax
@@ -86,9 +95,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--dtype is chosen when a store is made; an export keeps it")
     if exports and arguments.codec:
         parser.error("--codec is chosen when a store is made; an export writes numbers")
-    choosing = (arguments.level, arguments.error_budget, arguments.calibrate)
-    if arguments.codec != AUTO and choosing != (None, None, None):
-        parser.error("--level, --error-budget and --calibrate need --codec auto")
+    if arguments.codec != AUTO and (arguments.level, arguments.error_budget) != (None, None):
+        parser.error("--level and --error-budget need --codec auto")
+    if arguments.calibrate and not arguments.codec:
+        parser.error("--calibrate needs a --codec, whose codes it fits")
+    if arguments.dtype == "keep":
+        arguments.dtype = None
     return arguments
 
 
@@ -120,43 +132,46 @@ def _convert(arguments: argparse.Namespace, progress: "ProgressBar") -> None:
         from qwen3vl_jax.checkpoints.hf_export import to_hf
 
         to_hf(source, destination, progress=progress)
-    elif arguments.codec == AUTO:
-        _choose(arguments, progress)
     else:
-        from qwen3vl_jax.checkpoints.conversion import to_store
-
-        dtype, codecs = arguments.dtype or "keep", _codecs(source, arguments.codec)
-        to_store(source, destination, dtype=dtype, progress=progress, codecs=codecs)
+        _to_store(arguments, progress)
 
 
-def _choose(arguments: argparse.Namespace, progress: "ProgressBar") -> None:
-    """Makes a store whose codecs are chosen, and says on stderr what was."""
+def _to_store(arguments: argparse.Namespace, progress: "ProgressBar") -> None:
+    """Makes a store; says on stderr what was chosen, and how far the prompts' logits move."""
     from qwen3vl_jax.checkpoints.conversion import to_store
-    from qwen3vl_jax.checkpoints.selection import Selection, level_of, summary
+    from qwen3vl_jax.checkpoints.selection import summary
 
-    source, destination = arguments.source, arguments.destination
-    level = level_of(arguments.level or "balanced")
-    if arguments.error_budget is not None:
-        level = level.with_budget(arguments.error_budget)
-    calibration = None if arguments.calibrate is None else _calibration(arguments)
-    dtype = arguments.dtype or "keep"
-    selection = Selection(level, calibration)
-    choice = to_store(source, destination, dtype=dtype, progress=progress, selection=selection)
-    if choice is not None:
-        console.say(summary(choice, level))
-    if arguments.calibrate is not None:
+    prompts = None if arguments.calibrate is None else _prompts(arguments.calibrate)
+    automatic = arguments.codec == AUTO
+    selection = _selection(arguments, prompts) if automatic else None
+    choice = to_store(
+        arguments.source,
+        arguments.destination,
+        dtype=arguments.dtype or "keep",
+        progress=progress,
+        codecs=None if automatic else _codecs(arguments),
+        selection=selection,
+        inputs=None if prompts is None else _inputs(arguments, prompts),
+    )
+    if choice is not None and selection is not None:
+        console.say(summary(choice, selection.level))
+    if prompts is not None:
         from qwen3vl_jax.perturbation import measured_error
 
-        prompts = _prompts(arguments.calibrate)
-        error = measured_error(source, destination, prompts, dtype=arguments.dtype)
+        error = measured_error(
+            arguments.source, arguments.destination, prompts, dtype=arguments.dtype
+        )
         console.say(f"measured on these prompts: {error:.4f}")
 
 
-def _calibration(arguments: argparse.Namespace) -> "Calibration":
-    from qwen3vl_jax.checkpoints.files import sha256
-    from qwen3vl_jax.checkpoints.selection import Calibration
+def _selection(arguments: argparse.Namespace, prompts: list[str] | None) -> "Selection":
+    from qwen3vl_jax.checkpoints.selection import Calibration, Selection, level_of
 
-    prompts = _prompts(arguments.calibrate)
+    level = level_of(arguments.level or "balanced")
+    if arguments.error_budget is not None:
+        level = level.with_budget(arguments.error_budget)
+    if prompts is None:
+        return Selection(level)
 
     def measure() -> dict[str, float]:
         from qwen3vl_jax.perturbation import measured_sensitivities  # JAX
@@ -165,21 +180,50 @@ def _calibration(arguments: argparse.Namespace) -> "Calibration":
             arguments.source, prompts, dtype=arguments.dtype, say=console.say
         )
 
-    return Calibration(measure, sha256("\n".join(prompts).encode()))
+    return Selection(level, Calibration(measure, _digest(prompts)))
+
+
+def _inputs(arguments: argparse.Namespace, prompts: list[str]) -> "Inputs":
+    from qwen3vl_jax.checkpoints.input_squares import Inputs
+
+    def measure() -> "Squares":
+        from qwen3vl_jax.activations import measured_input_squares  # JAX
+
+        return measured_input_squares(arguments.source, prompts, dtype=arguments.dtype)
+
+    return Inputs(measure, _digest(prompts))
+
+
+def _digest(prompts: list[str]) -> str:
+    from qwen3vl_jax.checkpoints.files import sha256
+
+    return sha256("\n".join(prompts).encode())
 
 
 def _prompts(file: Path) -> list[str]:
-    return console.read_text(file, MOST_PROMPT_BYTES).splitlines()
+    """The lines of a file, one of which must be a prompt.
+
+    Raises:
+        UsageError: none is.
+    """
+    prompts = console.read_text(file, MOST_PROMPT_BYTES).splitlines()
+    if not any(map(str.strip, prompts)):
+        raise UsageError(f"{file} has no prompt to calibrate with; write one on each line")
+    return prompts
 
 
-def _codecs(source: Path, name: str | None) -> dict[str, str] | None:
+def _codecs(arguments: argparse.Namespace) -> dict[str, str] | None:
     """The codec of every array that gets one."""
     from qwen3vl_jax.checkpoints.encodings import codec_name, everywhere
+    from qwen3vl_jax.checkpoints.input_squares import check_fitted
     from qwen3vl_jax.config import load_config
 
-    if name is None or codec_name(name) == "raw":
+    if arguments.codec is None:
         return None
-    return everywhere(load_config(source), name)
+    name = codec_name(arguments.codec)
+    if arguments.calibrate is not None:
+        check_fitted(name)
+    return None if name == "raw" else everywhere(load_config(arguments.source), name)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """What the tests of encoded stores share: which arrays are encoded, written out by name."""
 
+import hashlib
+import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from planned_models import Silent
@@ -13,6 +17,7 @@ from qwen3vl_jax.config import load_config
 
 # Every kind that there is; of rank 64 the matrices of tiny models would not become smaller.
 NAMES = ("svd:rank=8", *sorted(CODECS.keys() - {"raw", "svd:rank=64"}))
+Body = dict[str, Any]
 TABLE, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 _MATRIX = re.compile(
     r"language_model\.layers\.\d+\.("
@@ -37,3 +42,17 @@ def decoded(values: np.ndarray, codec_name: str) -> np.ndarray:
     """What is left of an array."""
     codec = parse_codec(codec_name)
     return codec.decode(codec.encode(values), values.shape, values.dtype.name)
+
+
+def forge(store: Path, change: Callable[[Body], None]) -> None:
+    """A manifest with a right digest and wrong content, as an attacker would write it."""
+
+    def spelled(value: Mapping[str, Any]) -> bytes:
+        return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+
+    path = store / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["digest"]
+    change(body)
+    digest = hashlib.sha256(spelled(body)).hexdigest()
+    path.write_bytes(spelled(body | {"digest": digest}))

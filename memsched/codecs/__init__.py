@@ -13,7 +13,7 @@ from memsched.codecs.codec import Codec
 from memsched.codecs.error import relative_error
 from memsched.codecs.int4 import Int4
 from memsched.codecs.int8 import Int8
-from memsched.codecs.names import CODECS, parse_codec
+from memsched.codecs.names import CODECS, Fitted, parse_codec
 from memsched.codecs.plain import Narrow, Raw
 from memsched.codecs.svd import Svd, rank_for_energy
 from memsched.codecs.two_of_four import TwoOfFour
@@ -24,6 +24,7 @@ __all__ = [
     "BlockSparse",
     "Codec",
     "CodecError",
+    "Fitted",
     "Int4",
     "Int8",
     "Narrow",

@@ -70,13 +70,20 @@ class Int4:
         """Bytes of the encoding."""
         return packed_bytes(self.packed(shape, dtype))
 
-    def encode(self, array: NDArray[Any], name: str = "array") -> NDArray[Any]:
-        """Codes by least squares; refuses NaN, infinity and what float16 cannot reach by `name`."""
+    def encode(
+        self, array: NDArray[Any], name: str = "array", *, weights: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Codes by least squares; refuses NaN, infinity and what float16 cannot reach by `name`.
+
+        `weights`, float32 [in], finite, from 0: what the square of an error counts in each column,
+        in sum never more than without them. All zeros: as without.
+        """
         packed = np.empty(self.packed(array.shape, array.dtype.name)[0], np.uint8)
         flat = flat_rows(packed, array.shape)
         limit = LARGEST if self.zero else (CENTRE - 1) * LARGEST
         label = self.name, name
-        for part, rows in encoded_rows(array, self.group, limit, self._fit, pack, label):
+        parts = encoded_rows(array, self.group, limit, self._fit, self._pack, label, weights)
+        for part, rows in parts:
             flat[part] = rows
         return packed
 
@@ -105,12 +112,13 @@ class Int4:
 
         return products.int4(rows, packed, shape, self.group, zero=self.zero)
 
-    def _fit(self, numbers: Numbers) -> Grid:
+    def _fit(self, numbers: Numbers, weights: Numbers | None) -> Grid:
         if self.zero:
-            return from_minimum(numbers, HIGHEST, ENDS, "float16")
-        grid = symmetric(numbers, -CENTRE, CENTRE - 1, REACHES, "float16")
-        grid.codes.__iadd__(np.float32(CENTRE))
-        return grid
+            return from_minimum(numbers, HIGHEST, ENDS, "float16", weights)
+        return symmetric(numbers, -CENTRE, CENTRE - 1, REACHES, "float16", weights)
+
+    def _pack(self, codes: Numbers) -> NDArray[np.uint8]:
+        return pack(codes if self.zero else codes + np.float32(CENTRE))
 
 
 def pack(codes: Numbers) -> NDArray[np.uint8]:

@@ -44,6 +44,8 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
     }
 )
 
+Fitted = Int8 | Int4  # their `encode` takes weights of an array's columns
+
 
 def parse_codec(text: str) -> Codec:
     """The codec of this name.

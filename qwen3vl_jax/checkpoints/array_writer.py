@@ -7,6 +7,7 @@ import numpy as np
 
 from qwen3vl_jax.checkpoints.encodings import Encoding, Encodings, packed
 from qwen3vl_jax.checkpoints.files import DTYPES, PIECE_BYTES, aligned_empty
+from qwen3vl_jax.checkpoints.input_squares import Squares
 from qwen3vl_jax.checkpoints.manifest import StoredArray
 from qwen3vl_jax.checkpoints.store import ARRAYS_NAME
 from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
@@ -22,11 +23,16 @@ BATCH_ARRAYS = 16
 class ArrayWriter:
     """Makes arrays durable and notes them a batch at a time."""
 
-    def __init__(self, work: WorkDirectory, dtype: str, encodings: Encodings) -> None:
-        """`dtype` is what arrays get before they are encoded, or "keep"."""
+    def __init__(
+        self, work: WorkDirectory, dtype: str, encodings: Encodings, squares: Squares
+    ) -> None:
+        """`dtype` is what arrays get before they are encoded, or "keep"; `squares` of their inputs
+        are what codes are fitted to.
+        """
         self.work = work
         self.dtype = dtype
         self.encodings = encodings
+        self._squares = squares
         self._folder = work.content / ARRAYS_NAME
         self._batch: dict[str, StoredArray] = {}
 
@@ -46,7 +52,10 @@ class ArrayWriter:
             name, encoding = entry.array, self.encodings.get(entry.array)
             dtype = values.dtype if self.dtype == "keep" else DTYPES[self.dtype]
             values = cast(values, dtype, name)
-            stored = values if encoding is None else packed(values, name, encoding)
+            if encoding is None:
+                stored = values
+            else:
+                stored = packed(values, name, encoding, self._squares.get(name))
             self._batch[name] = write_array(self._folder, name, stored, encoding)
         nbytes = sum(array.nbytes for array in self._batch.values())
         if len(self._batch) >= BATCH_ARRAYS or nbytes >= BATCH_BYTES:

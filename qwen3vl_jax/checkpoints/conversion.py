@@ -33,6 +33,7 @@ from qwen3vl_jax.checkpoints.files import (
 )
 from qwen3vl_jax.checkpoints.hf_checkpoint import INDEX_NAME, HFCheckpoint
 from qwen3vl_jax.checkpoints.hf_layout import keep_layout, pass_layout_on
+from qwen3vl_jax.checkpoints.input_squares import Inputs, measured
 from qwen3vl_jax.checkpoints.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -89,6 +90,7 @@ def to_store(
     progress: Progress,
     codecs: Mapping[str, str] | None = None,
     selection: Selection | None = None,
+    inputs: Inputs | None = None,
 ) -> Choice | None:
     """Write our store at `destination` from a Hugging Face or Orbax checkpoint, or a raw store.
 
@@ -97,6 +99,7 @@ def to_store(
         codecs: for paths of arrays the codec that each is encoded with; those that would not
             become smaller stay raw.
         selection: in place of `codecs`, by what they are chosen.
+        inputs: what the codes of int8 and int4 are fitted to; None: all columns count the same.
 
     Returns:
         What was chosen by a selection.
@@ -119,20 +122,20 @@ def to_store(
             )
         dtypes = _dtypes(checkpoint, config, dtype)
         encodings: Encodings = {} if codecs is None else encodings_of(config, codecs, dtypes)
-        task = {"to": "store", "dtype": dtype, "from": fingerprint(source)} | _task(encodings)
-        task |= {} if selection is None else selection.task
+        task = {"to": "store", "dtype": dtype, "from": fingerprint(source)}
+        task |= _task(encodings, selection, inputs)
         with WorkDirectory(destination, task) as work:
             selected = None
             if selection is not None:
                 progress.stage("measuring", matrix_bytes(config, dtypes))
                 selected = select(selection, checkpoint, config, dtypes, work, progress.advance)
                 encodings = selected.encodings
+            fits = measured(inputs, encodings, work)
             needed_space(work.content, store_bytes(config, dtypes, encodings, work.done))
             progress.stage("converting", checkpoint.nbytes)
-            writer = ArrayWriter(work, dtype, encodings)
-            files = _copy_files(checkpoint, source, work.content)
-            if selected is not None:
-                files |= _write_files(work.content, selected.files)
+            files = _copy_files(checkpoint, source, work.content) | fits.files
+            files |= _write_files(work.content, selected.files if selected is not None else {})
+            writer = ArrayWriter(work, dtype, encodings, fits.squares)
             kept = _store_all(checkpoint, config, writer, progress)
             names = (entry.array for entry in arrays(as_encoded(config, encodings)))
             stored = {name: stored_array(work.done[name]) for name in names}
@@ -141,10 +144,14 @@ def to_store(
     return None if selected is None else selected.choice
 
 
-def _task(encodings: Encodings) -> dict[str, str]:
-    """What tells work with these codecs from other work."""
+def _task(
+    encodings: Encodings, selection: Selection | None, inputs: Inputs | None
+) -> dict[str, str]:
+    """What tells work with these codecs, chosen or given, and these inputs from other work."""
     names = sorted((name, encoding.codec) for name, encoding in encodings.items())
-    return {"codecs": sha256(repr(names).encode())} if names else {}
+    task = {"codecs": sha256(repr(names).encode())} if names else {}
+    task |= {} if selection is None else selection.task
+    return task if inputs is None else task | {"inputs": inputs.digest}
 
 
 def fingerprint(source: Path) -> list[list[Any]]:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from memsched.codecs import Codec, parse_codec
+from memsched.codecs import Codec, Fitted, parse_codec
 from qwen3vl_jax.checkpoints.files import DTYPES, STORED_DTYPES, aligned_empty
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
@@ -196,23 +196,34 @@ def origins(config: Config, encodings: Encodings) -> dict[Entry, list[Entry]]:
     return found
 
 
-def packed(values: np.ndarray, name: str, encoding: Encoding) -> np.ndarray:
+def packed(
+    values: np.ndarray, name: str, encoding: Encoding, weights: np.ndarray | None = None
+) -> np.ndarray:
     """The array to store for `values`, of any dtype of ours. Pieces are encoded by several threads.
+
+    `weights` of the columns are for codecs that are `Fitted`.
 
     Raises:
         memsched.errors.CodecError: NaN, infinite or too large numbers; the line has the name.
     """
     codec = encoding.format
     if codec.cut is None:
-        return codec.encode(values, name)
+        return _encode(codec, values, name, weights)
     shape, dtype = encoding.packed
     result = aligned_empty(shape, STORED_DTYPES[dtype])
 
     def put(rows: slice, lines: slice) -> None:
-        result[lines] = codec.encode(values[rows], name)
+        result[lines] = _encode(codec, values[rows], name, weights)
 
     _by_pieces(put, encoding)
     return result
+
+
+def _encode(codec: Codec, values: np.ndarray, name: str, weights: np.ndarray | None) -> np.ndarray:
+    if weights is None:
+        return codec.encode(values, name)
+    assert isinstance(codec, Fitted), f"{codec.name} takes no weights"
+    return codec.encode(values, name, weights=weights)
 
 
 def unpacked(stored: np.ndarray, encoding: Encoding) -> np.ndarray:

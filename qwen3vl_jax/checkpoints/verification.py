@@ -8,6 +8,7 @@ from qwen3vl_jax.checkpoints.array_writer import cast
 from qwen3vl_jax.checkpoints.conversion import Progress
 from qwen3vl_jax.checkpoints.encodings import as_encoded, decoded_bytes, origin, packed
 from qwen3vl_jax.checkpoints.files import bytes_of, sha256
+from qwen3vl_jax.checkpoints.input_squares import of_checkpoint
 from qwen3vl_jax.checkpoints.manifest import ZARR_NAME, chunk_files
 from qwen3vl_jax.checkpoints.opening import Checkpoint, kind_of, open_checkpoint
 from qwen3vl_jax.checkpoints.store import ARRAYS_NAME, Store, check_file
@@ -21,8 +22,8 @@ def verify(source: Path, destination: Path, *, progress: Progress) -> bool:
     """Read all of both again and compare every array, bit for bit.
 
     Where the source has another dtype its values are converted first, and where the destination is
-    encoded they are encoded. If `destination` is a store, all its files are compared with its
-    manifest too.
+    encoded they are encoded, fitted to the inputs that it keeps, if any. If `destination` is a
+    store, all its files are compared with its manifest too.
 
     Returns:
         Whether the destination is encoded.
@@ -41,6 +42,7 @@ def verify(source: Path, destination: Path, *, progress: Progress) -> bool:
             _verify_store(found, progress)
         if wanted.encodings and found.encodings:
             raise UsageError(f"{source} and {destination} are both encoded; compare the original")
+        squares = of_checkpoint(found)
         entries = arrays(as_encoded(config, found.encodings))
         progress.stage(
             "comparing", decoded_bytes(entries, lambda e: wanted.dtype_of(origin(e, config)))
@@ -50,7 +52,7 @@ def verify(source: Path, destination: Path, *, progress: Progress) -> bool:
             size = values.nbytes
             values = cast(values, found.dtype_of(entry), entry.array)
             if encoding := found.encodings.get(entry.array):
-                values = packed(values, entry.array, encoding)
+                values = packed(values, entry.array, encoding, squares.get(entry.array))
             digest = sha256(bytes_of(values))
             del values  # one array at a time: the next line may read the other one
             if digest != _digest(found, entry):

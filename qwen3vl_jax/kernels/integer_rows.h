@@ -103,18 +103,29 @@ TARGET void integer_block(const Encoded& e, const WholeRows& x, int64_t row, int
     for (int o = 0; o < O; ++o) x.y[(row + r) * e.out + output + o] = sum(sums[r][o]) + added[r * O + o];
 }
 
+// to[u] = the term of the group of unit u; eight more may be read of `groups`, and written.
+TARGET inline void spread(const float* groups, int64_t units, int64_t group_shift, float* to) {
+  const __m256i eight = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i lanes = _mm256_srl_epi32(eight, _mm_cvtsi64_si128(std::min<int64_t>(group_shift, 3)));
+  for (int64_t u = 0; u < units; u += 8)
+    _mm256_storeu_ps(to + u, _mm256_permutevar8x32_ps(_mm256_loadu_ps(groups + (u >> group_shift)), lanes));
+}
+
 // terms[0 .. units] are the scales of a row's units, the next `units` its minima, if it has any.
+// `own` has room for twice the row's terms and 8.
 template <typename F>
 TARGET void read_units(const Encoded& e, int64_t output, int64_t units, float* own, float* terms) {
-  const int64_t used = (e.in + F::kUnit - 1) / F::kUnit, group = int64_t(1) << e.group_shift;
-  const bool as_they_lie = F::kTerms == 1 && group == 1;
+  const int64_t used = (e.in + F::kUnit - 1) / F::kUnit, groups = e.terms / F::kTerms;
+  const bool as_they_lie = F::kTerms == 1 && e.group_shift == 0;
   read_terms<F>(e, output, as_they_lie ? terms : own);
   for (int t = 0; t < F::kTerms; ++t, terms += units) {
-    if (group == 1 && !as_they_lie)
-      for (int64_t u = 0; u < used; ++u) terms[u] = own[u * F::kTerms + t];
-    else if (!as_they_lie)
-      for (int64_t u = 0; u < used; u += group)
-        std::fill(terms + u, terms + std::min(u + group, used), own[(u >> e.group_shift) * F::kTerms + t]);
+    const float* from = own;
+    if constexpr (F::kTerms > 1) {
+      float* apart = own + e.terms;
+      for (int64_t g = 0; g < groups; ++g) apart[g] = own[g * F::kTerms + t];
+      from = apart;
+    }
+    if (!as_they_lie) spread(from, used, e.group_shift, terms);
     std::fill(terms + used, terms + units, 0.0f);
   }
 }
@@ -145,8 +156,9 @@ TARGET void integer_rows(const Encoded& e, const WholeRows& x, int64_t row, int6
 // Outputs begin .. end of all rows, by blocks of two rows and four outputs.
 template <typename F>
 TARGET void integer_product(const Encoded& e, const WholeRows& x, int64_t begin, int64_t end) {
-  std::vector<float> space(e.terms + (F::kTerms + 2) * kOutputs * x.units);
-  float *own = space.data(), *terms = own + e.terms, *scales = terms + F::kTerms * kOutputs * x.units;
+  const int64_t room = 2 * e.terms + 8;
+  std::vector<float> space(room + (F::kTerms + 2) * kOutputs * x.units);
+  float *own = space.data(), *terms = own + room, *scales = terms + F::kTerms * kOutputs * x.units;
   for (int64_t output = begin; output < end;) {
     const bool block = end - output >= kOutputs;
     for (int64_t o = 0; o < (block ? kOutputs : 1); ++o)

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorstore
 import tiny
-from encoded_stores import HEAD, NAMES, TABLE, decoded, encoded_store, is_encoded
+from encoded_stores import HEAD, NAMES, TABLE, Body, decoded, encoded_store, forge, is_encoded
 from planned_models import Silent, store_of
 from safetensors.numpy import load_file
 
@@ -235,22 +235,6 @@ def test_200_random_bit_flips_are_200_errors(store: Path) -> None:
 
 
 # ---- forgeries ----
-
-Body = dict[str, Any]
-
-
-def forge(store: Path, change: Callable[[Body], None]) -> None:
-    """A manifest with a right digest and wrong content, as an attacker would write it."""
-
-    def spelled(value: Mapping[str, Any]) -> bytes:
-        return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
-
-    path = store / "manifest.json"
-    body = json.loads(path.read_text())
-    del body["digest"]
-    change(body)
-    digest = hashlib.sha256(spelled(body)).hexdigest()
-    path.write_bytes(spelled(body | {"digest": digest}))
 
 
 def _encoding(body: Body, name: str = PROJECTION) -> Body:

@@ -192,7 +192,8 @@ def made(tmp_path: Path) -> Path:
         ["SRC", "DST", "--codec", "auto", "--to-hf"],
         ["SRC", "DST", "--level", "balanced"],
         ["SRC", "DST", "--codec", "int8", "--error-budget", "0.1"],
-        ["SRC", "DST", "--codec", "int8", "--calibrate", "prompts.txt"],
+        ["SRC", "DST", "--calibrate", "prompts.txt"],
+        ["SRC", "DST", "--to-hf", "--calibrate", "prompts.txt"],
         ["SRC", "DST", "--codec", "auto", "--level", "reckless"],
         ["SRC", "DST", "--codec", "auto", "--error-budget", "little"],
         ["SRC", "DST", "--nonsense"],
@@ -216,11 +217,19 @@ def test_a_wrong_command_line_is_exit_2(
         (["hf", "new", "--codec=bf16", "--dtype=bfloat16"], "make no array smaller"),
         (["store", "new", "--codec=raw"], "is a store already"),
         (["hf", "new", "--codec=auto", "--error-budget=-1"], "error budget must be a number"),
+        (["hf", "new", "--codec=svd:rank=4", "--calibrate=FILE"], "codec svd:rank=4 has no scales"),
+        (["hf", "new", "--codec=raw", "--calibrate=FILE"], "codec raw has no scales"),
+        (["hf", "new", "--codec=int4", "--calibrate=EMPTY"], "empty.txt has no prompt"),
+        (["hf", "new", "--codec=auto", "--calibrate=EMPTY"], "empty.txt has no prompt"),
     ],
 )
 def test_a_conversion_that_makes_no_sense_is_exit_2(
     made: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (made / "prompts.txt").write_text("What is it?\n")
+    (made / "empty.txt").write_text("\n  \n")
+    for word, name in (("FILE", "prompts.txt"), ("EMPTY", "empty.txt")):
+        arguments = [a.replace(word, str(made / name)) for a in arguments]
     before = sorted(made.rglob("*"))
     names = [a if a.startswith("-") else str(made / a) for a in arguments]
     capsys.readouterr()
@@ -259,6 +268,10 @@ def _no_config(made: Path) -> list[str]:
     return ["hf", "new"]
 
 
+def _no_prompts(_: Path) -> list[str]:
+    return ["hf", "new", "--codec=int4", "--calibrate=nowhere.txt"]
+
+
 def _no_directory(_: Path) -> list[str]:
     return ["nowhere", "new"]
 
@@ -271,6 +284,7 @@ def _no_directory(_: Path) -> list[str]:
         _flip_chunk_and_verify,
         _flip_weight_and_verify,
         _no_config,
+        _no_prompts,
         _no_directory,
     ],
 )
