@@ -25,7 +25,7 @@ TARGET inline float whole_numbers(const float* x, int64_t count, int16_t* to, fl
     const float moved = x[i] * inverse + kRounding;
     int32_t word;
     std::memcpy(&word, &moved, sizeof(word));
-    word = std::min(word - rounding, 32767);
+    word = std::clamp(word - rounding, -32768, 32767);
     total += word;
     to[i] = int16_t(word);
   }

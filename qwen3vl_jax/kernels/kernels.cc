@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t kChunkBytes = 128 << 10;  // Of weight, per grab of a thread: 5 to 10 us of work.
+constexpr int64_t kChunkBytes = 128 << 10;  // Of weight, in a chunk: 5 to 10 us of work.
 
 constexpr int64_t kRowBlock = 1024, kTaskOutputs = 64;  // Of a product of many rows.
 
