@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from planned_models import Silent
 
 from memsched.codecs import CODECS, Codec, parse_codec
 from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.checkpoints.encodings import everywhere
 from qwen3vl_jax.config import load_config
+from qwen3vl_jax.progress import Silent
 
 # Every kind that there is; of rank 64 the matrices of tiny models would not become smaller.
 NAMES = ("svd:rank=8", *sorted(CODECS.keys() - {"raw", "svd:rank=64"}))

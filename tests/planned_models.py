@@ -18,6 +18,7 @@ from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.planned import loading, runner
 from qwen3vl_jax.planned.loading import Budgets
 from qwen3vl_jax.planned.sealed import Sealed
+from qwen3vl_jax.progress import Silent
 
 ROOM_BYTES = 1 << 30
 LARGEST_ARRAY_BYTES = 1 << 40
@@ -40,14 +41,6 @@ SETTINGS: dict[str, Any] = {
     },
     "vision": {"out_hidden_size": 512},
 }
-
-
-class Silent:
-    """A progress that nobody sees."""
-
-    def stage(self, name: str, total_bytes: int) -> None: ...
-
-    def advance(self, nbytes: int) -> None: ...
 
 
 def store_of(checkpoint: Path, destination: Path) -> Path:

@@ -10,6 +10,7 @@ from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.checkpoints.encodings import everywhere
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.planned.figures import disk_reader
+from qwen3vl_jax.progress import Silent
 from qwen3vl_jax.weights import table
 
 
@@ -35,20 +36,10 @@ def store_of(checkpoint: Path, codec: str, say: Callable[[str], None]) -> Path:
     if not store.exists():
         say(f"converting to {store}")
         codecs = None if codec == "raw" else everywhere(load_config(checkpoint), codec)
-        to_store(checkpoint, store, dtype="keep", progress=_Quiet(), codecs=codecs)
+        to_store(checkpoint, store, dtype="keep", progress=Silent(), codecs=codecs)
     return store
 
 
 def disk_of(store: Path) -> Callable[[float], float]:
     """Bytes per second of reading a store for so many seconds."""
     return disk_reader((store / "arrays").rglob("c*"))
-
-
-class _Quiet:
-    """Progress that nobody sees."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A new bar."""
-
-    def advance(self, nbytes: int) -> None:
-        """More bytes."""

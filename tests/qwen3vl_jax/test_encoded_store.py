@@ -17,7 +17,7 @@ import pytest
 import tensorstore
 import tiny
 from encoded_stores import HEAD, NAMES, TABLE, Body, decoded, encoded_store, forge, is_encoded
-from planned_models import Silent, store_of
+from planned_models import store_of
 from safetensors.numpy import load_file
 
 from memsched.codecs import parse_codec
@@ -31,6 +31,7 @@ from qwen3vl_jax.checkpoints.store import ARRAYS_NAME, Store
 from qwen3vl_jax.checkpoints.verification import verify, verify_store
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import ConfigError, StorageError, UsageError, WeightError
+from qwen3vl_jax.progress import Silent
 from qwen3vl_jax.weights import arrays, table
 
 PROJECTION = "language_model.layers.0.self_attn.q_proj.weight"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from converting import files, nothing_left
 from encoded_stores import HEAD, TABLE, Body, forge
-from planned_models import Silent
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -25,6 +24,7 @@ from qwen3vl_jax.checkpoints.store import Store
 from qwen3vl_jax.checkpoints.verification import verify
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import UsageError, WeightError
+from qwen3vl_jax.progress import Silent
 from qwen3vl_jax.weights import arrays
 
 Arrays = dict[str, np.ndarray]

@@ -10,7 +10,6 @@ import numpy as np
 import planned_models as helper
 import pytest
 import tiny
-from planned_models import Silent
 
 from memsched.errors import DoesNotFitError
 from memsched.machine import Compute
@@ -22,6 +21,7 @@ from qwen3vl_jax.checkpoints.opening import described
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.parameters import kv_of
 from qwen3vl_jax.planned import encoded_store
+from qwen3vl_jax.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 

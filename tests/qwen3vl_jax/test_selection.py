@@ -12,7 +12,6 @@ import pytest
 import tiny
 from converting import convert, files, nothing_left
 from encoded_stores import HEAD, decoded, is_encoded
-from planned_models import Silent
 
 from memsched.codecs import parse_codec
 from memsched.codecs.levels import Level
@@ -25,6 +24,7 @@ from qwen3vl_jax.checkpoints.selection import Calibration, Selection
 from qwen3vl_jax.checkpoints.work_directory import WorkDirectory
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import WeightError
+from qwen3vl_jax.progress import Silent
 
 CODECS = ("int8", "int8:128", "int4:64", "int4:32", "int4:32:zero")
 REPORT, TABLE = "encoding_report.json", "sensitivity.json"

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,15 @@ def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capped, "LOOKUP_TOKENS", 40)
 
 
-def command(scratch: Path, *more: str, own_bytes: int = LIMIT - PLANNED) -> list[str]:
+def command(
+    scratch: Path,
+    *more: str,
+    limits: Sequence[str] = (str(LIMIT),),
+    own_bytes: int = LIMIT - PLANNED,
+) -> list[str]:
     model = ["--size", str(DENSE), "--dtype", "float32", "--scratch", str(scratch), *SHORT]
-    return [*model, "--capped", str(LIMIT), "--own-memory", str(own_bytes), *more]
+    given = [word for limit in limits for word in ("--capped", limit)]
+    return [*model, *given, "--own-memory", str(own_bytes), *more]
 
 
 def writable_groups() -> tuple[Path, ...]:
@@ -122,9 +128,8 @@ def test_encoded_stores_follow_the_raw_one_and_a_limit_may_be_a_part_of_its_weig
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(capped, "child", in_this_process)
-    model = ["--size", str(DENSE), "--dtype", "float32", "--scratch", str(scratch), *SHORT]
-    own = ["--own-memory", "1000", "--part", "decode", "--codec", "int8"]
-    assert bench.main([*model, "--capped", "60%", "--capped", "150%", *own]) == 0
+    parts = ("--part", "decode", "--codec", "int8")
+    assert bench.main(command(scratch, *parts, limits=("60%", "150%"), own_bytes=1000)) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["caps"]
     assert [row["codec"] for row in rows] == ["raw", "raw", "int8", "int8"]
     small, large, small_int8, _ = rows
