@@ -109,7 +109,7 @@ def _copies(
     for link, found in lanes.items():
         for row in _rows(found):
             features = [copy_features(action, program, machine) for _, action in row]
-            whole = Span(0, row[0][0].start_s, row[-1][0].end_s)
+            whole = Span(0, row[0][0].start_s, max(span.end_s for span, _ in row))
             if whole.end_s > whole.start_s:
                 yield CopyObservation(
                     case,
@@ -125,14 +125,17 @@ def _copies(
 def _rows(found: list[tuple[Span, Copy]]) -> Iterator[list[tuple[Span, Copy]]]:
     """Transfers of a link, cut where it had nothing to do.
 
-    Cut anywhere else, what follows seems faster than it is: it was read at the same time.
+    Cut anywhere else, what follows seems faster than it is: it was read at the same time. The end
+    of a row is the latest one: small transfers overtake large ones.
     """
     row: list[tuple[Span, Copy]] = []
+    end_s = 0.0
     for span, action in sorted(found, key=lambda one: (one[0].start_s, one[0].index)):
-        if row and span.start_s > row[-1][0].end_s + GAP_S:
+        if row and span.start_s > end_s + GAP_S:
             yield row
             row = []
         row.append((span, action))
+        end_s = max(end_s, span.end_s)
     if row:
         yield row
 

@@ -15,6 +15,10 @@ from memsched.runtime.record import Record, blame
 # A result is ready when the whole dispatch that made it has ended, and so read all its inputs.
 _UnderWay = tuple[RunOp, jax.Array, float]
 
+# XLA:CPU says that a step has ended before it gives its workspace back: 0.5 ms before, where the
+# thread that would do it has to wait for a core. Steps with large workspaces take 5 ms and more.
+SETTLING_S = 3e-4
+
 
 class Flight:
     """The dispatches of one run of a plan, in order."""
@@ -27,6 +31,8 @@ class Flight:
     def make_room(self, op: RunOp) -> None:
         """Wait until `op` may be dispatched."""
         self.end(op.number - 2 if op.follows else op.number - 1)
+        if op.settles:
+            time.sleep(SETTLING_S)
 
     def began(self, op: RunOp, results: tuple[jax.Array, ...], start_s: float) -> None:
         """`op` was dispatched."""

@@ -170,7 +170,10 @@ def _check(
 
 
 def _write_down(loop: Loop) -> None:
-    """The spans of all Copies: within a lane one begins when the one before has ended."""
+    """The spans of all Copies: within a lane one begins when all before have ended.
+
+    One that ends before an earlier one takes no time of its own: they were read side by side.
+    """
     free_s: dict[tuple[str, str], float] = {}
     now_s = time.perf_counter()
     for transfer in loop.transfers:
@@ -181,4 +184,4 @@ def _write_down(loop: Loop) -> None:
         end_s = end_s or now_s
         start_s = min(max(start_s, free_s.get(lane, 0.0)), end_s)
         loop.record.busy(transfer.op.index, start_s, end_s)
-        free_s[lane] = end_s
+        free_s[lane] = max(end_s, free_s.get(lane, 0.0))

@@ -26,8 +26,9 @@ class RunOp:
 
     `made_bytes` are in use from then on, `passing_bytes` on top of them while it runs. `number`
     counts dispatches. It `follows` if it cannot begin before the dispatch ahead of it has ended;
-    `witness` is the result whose arrival says that it has ended itself. `others` are the indices of
-    the actions that disappeared into it.
+    `witness` is the result whose arrival says that it has ended itself. It `settles` if there is no
+    room for the workspace of the one ahead beside its own. `others` are the indices of the actions
+    that disappeared into it.
     """
 
     index: int
@@ -42,6 +43,7 @@ class RunOp:
     number: int = 0
     witness: int = 0
     follows: bool = False
+    settles: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ from memsched.runtime.fuse import fused
 from memsched.runtime.operations import Call, CopyOp, FreeOp, Op, Rests, RunOp, Schedule
 from memsched.runtime.ranges import Range, size, union
 
+# Workspaces of at most this may meet: what a dispatch ahead saves is worth more.
+SMALL_WORKSPACE_BYTES = 4 << 20
+
 
 def arena_tier(machine: Machine) -> str:
     """The tier whose weights lie at planned offsets."""
@@ -39,7 +42,7 @@ def schedule(plan: Plan, program: Program, machine: Machine, *, fuse: bool = Fal
             spec = program.arrays[rest.array]
             start_bytes[rest.tier] += _taken_bytes(spec, rest.tier, machine)
     return Schedule(
-        ops=_ordered(tuple(ops)),
+        ops=_ordered(tuple(ops), on_heap=machine.device_is_host),
         ranges=ranges,
         weights_before=weights_before,
         weights_after=weights_after,
@@ -86,8 +89,12 @@ def _run_op(index: int, action: Run, program: Program, machine: Machine) -> RunO
     )
 
 
-def _ordered(ops: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The same with dispatches counted, and with what waits for which of them."""
+def _ordered(ops: tuple[Op, ...], *, on_heap: bool) -> tuple[Op, ...]:
+    """The same with dispatches counted, and with what waits for which of them.
+
+    Args:
+        on_heap: workspaces come from the heap of this process.
+    """
     runs = [op for op in ops if isinstance(op, RunOp)]
     last_use: dict[str, int] = {}
     ordered: list[Op] = []
@@ -96,13 +103,15 @@ def _ordered(ops: tuple[Op, ...]) -> tuple[Op, ...]:
         if isinstance(op, RunOp):
             before = runs[number - 1] if number else None
             after = runs[number + 1] if number + 1 < len(runs) else None
+            settles = on_heap and before is not None and _is_large(before) and _is_large(op)
             last_use |= dict.fromkeys(op.inputs + op.results, number)
             ordered.append(
                 dataclasses.replace(
                     op,
                     number=number,
                     witness=_witness(op, after) or 0,
-                    follows=before is not None and _follows(before, op),
+                    follows=before is not None and not settles and _follows(before, op),
+                    settles=settles,
                 )
             )
             number += 1
@@ -127,6 +136,10 @@ def _follows(before: RunOp, op: RunOp) -> bool:
     so that one can still tell when the first has ended.
     """
     return bool(set(before.results) & set(op.inputs)) and _witness(before, op) is not None
+
+
+def _is_large(op: RunOp) -> bool:
+    return op.passing_bytes > SMALL_WORKSPACE_BYTES
 
 
 def _arena_ranges(plan: Plan, program: Program, machine: Machine) -> Iterator[Range]:
