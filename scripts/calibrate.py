@@ -147,14 +147,13 @@ def _rounds(trials: list["Trial"], scratch: Any, seconds: float) -> dict[str, li
 def _observations(
     trials: list["Trial"], rounds: dict[str, list["Measured"]]
 ) -> list["Observation"]:
-    from memsched.cost.observations import observe
+    from memsched.calibration.trials import observations
 
     return [
         observation
         for trial in trials
         for measured in rounds[trial.name]
-        for spans in measured.spans
-        for observation in observe(trial.plan, trial.program, trial.machine, spans, case=trial.case)
+        for observation in observations(trial, measured)
     ]
 
 

@@ -231,12 +231,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from memsched.cost.learned import describe
     from memsched.report.rendering import show
     from qwen3vl_jax.checkpoints.opening import described
     from qwen3vl_jax.parameters import named_dtype
     from qwen3vl_jax.planned import sweep_report
     from qwen3vl_jax.planned.dry_run import check_report, planned_machine
-    from qwen3vl_jax.planned.loading import Budgets
+    from qwen3vl_jax.planned.loading import Budgets, cost_model
     from qwen3vl_jax.planned.sweep import parse_sweep, run_sweep
 
     sweep = parse_sweep(options.sweep, options.points)
@@ -245,7 +246,9 @@ def _sweep(options: argparse.Namespace) -> int:
         sweep_report.check_png()
     config, encodings = described(options.model)
     dtype = named_dtype(options.dtype or config.dtype)
-    machine = planned_machine(Budgets(**budget_arguments(options)))
+    budgets = Budgets(**budget_arguments(options))
+    machine = planned_machine(budgets)
+    cost = cost_model(budgets, machine)
     points = run_sweep(
         sweep,
         config,
@@ -253,16 +256,18 @@ def _sweep(options: argparse.Namespace) -> int:
         machine,
         dtype,
         console.say,
+        cost=cost,
         encodings=encodings,
         plan_seconds=options.plan_seconds,
     )
     title = f"{config.model_type}, {dtype.name}, on {machine.name}: {sweep.axis}"
+    swept = sweep_report.Swept(title, describe(cost), sweep, points)
     if options.report is not None:
-        sweep_report.write_sweep(options.report, title, sweep, points)
+        sweep_report.write_sweep(options.report, swept)
     if options.json:
-        print(json.dumps(sweep_report.sweep_dict(title, sweep, points)), flush=True)
+        print(json.dumps(sweep_report.sweep_dict(swept)), flush=True)
     else:
-        show(sweep_report.sweep_view(title, sweep, points))
+        show(sweep_report.sweep_view(swept))
     return 0
 
 

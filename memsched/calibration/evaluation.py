@@ -8,10 +8,10 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from memsched.calibration.trials import Measured, Trial
+from memsched.calibration.trials import Measured, Trial, observations
 from memsched.cost.coefficients import stretched
 from memsched.cost.learned import LearnedCost
-from memsched.cost.observations import CopyObservation, RunObservation, observe
+from memsched.cost.observations import CopyObservation, RunObservation
 from memsched.cost.simulate import plan_seconds
 from memsched.machine import DEVICE
 from memsched.referee import verify
@@ -103,13 +103,12 @@ def _actions(
     """Steps and rows of transfers of one round, those with equal features together."""
     steps: dict[tuple[object, ...], list[RunObservation]] = {}
     copies: dict[tuple[object, ...], list[CopyObservation]] = {}
-    for spans in measured.spans:
-        for one in observe(trial.plan, trial.program, trial.machine, spans, case=trial.case):
-            if isinstance(one, RunObservation):
-                steps.setdefault((trial.name, one.features, one.beside), []).append(one)
-            else:
-                key = (trial.name, one.link, one.copies, one.nbytes, one.beside)
-                copies.setdefault(key, []).append(one)
+    for one in observations(trial, measured):
+        if isinstance(one, RunObservation):
+            steps.setdefault((trial.name, one.features, one.beside), []).append(one)
+        else:
+            key = (trial.name, one.link, one.copies, one.nbytes, one.beside)
+            copies.setdefault(key, []).append(one)
     return (
         [_step(key, some, cost, high) for key, some in steps.items()],
         [_transfer(key, some, cost, high) for key, some in copies.items()],

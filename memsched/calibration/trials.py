@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from memsched.calibration.resident import peak_since, start_peak
 from memsched.calibration.scratch import Scratch
 from memsched.cost.contention import BesideCopies
+from memsched.cost.observations import Observation, observe
 from memsched.cost.roofline import CostModel, Roofline
 from memsched.cost.span import Span
 from memsched.errors import DoesNotFitError
@@ -51,10 +52,12 @@ class Trial:
 class Measured:
     """Passes of a trial: spans and seconds of each, and the most memory it took.
 
+    `carried_s` is how long in each of them transfers of the pass before went on.
     `resident_bytes` is how far the process grew; None where the system does not say.
     """
 
     spans: tuple[tuple[Span, ...], ...]
+    carried_s: tuple[float, ...]
     seconds: tuple[float, ...]
     ledger_bytes: Mapping[str, int]
     resident_bytes: int | None
@@ -113,12 +116,12 @@ def measure(trial: Trial, scratch: Scratch, *, passes: int, seconds: float = 10.
         before = start_peak()
         _bring(executor, trial, arrays)
         given = _given(trial)
-        found: list[tuple[tuple[Span, ...], float]] = []
+        found: list[tuple[tuple[Span, ...], float, float]] = []
         end = time.perf_counter() + seconds
         for _ in range(1 + passes):
             start = time.perf_counter()
             outcome = executor.run(trial.plan, program, trial.kernels, given)
-            found.append((outcome.spans, time.perf_counter() - start))
+            found.append((outcome.spans, outcome.carried_s, time.perf_counter() - start))
             given |= {name: value for name, value in outcome.outputs.items() if name in given}
             given |= _consumed(trial, given)
             if len(found) == 1:
@@ -126,8 +129,21 @@ def measure(trial: Trial, scratch: Scratch, *, passes: int, seconds: float = 10.
             if len(found) > 1 and time.perf_counter() > end:
                 break
         peak = peak_since(before)
-        spans, times = zip(*found[1:], strict=True)
-        return Measured(spans, times, executor.ledger_peak_bytes, peak)
+        spans, carried_s, times = zip(*found[1:], strict=True)
+        return Measured(spans, carried_s, times, executor.ledger_peak_bytes, peak)
+
+
+def observations(trial: Trial, measured: Measured) -> Iterator[Observation]:
+    """What passes of a trial say, one after the other."""
+    for spans, carried_s in zip(measured.spans, measured.carried_s, strict=True):
+        yield from observe(
+            trial.plan,
+            trial.program,
+            trial.machine,
+            spans,
+            carried_s=carried_s,
+            case=trial.case,
+        )
 
 
 def _weights(program: Program) -> dict[str, ArraySpec]:

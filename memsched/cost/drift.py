@@ -35,9 +35,18 @@ class Drift:
 
 
 def drifts(
-    plan: Plan, program: Program, machine: Machine, cost: LearnedCost, spans: Sequence[Span]
+    plan: Plan,
+    program: Program,
+    machine: Machine,
+    cost: LearnedCost,
+    spans: Sequence[Span],
+    carried_s: float = 0.0,
 ) -> tuple[Drift, ...]:
-    """Steps and each link of one pass, predicted for the overlap that it really had."""
+    """Steps and each link of one pass, predicted for the overlap that it really had.
+
+    Args:
+        carried_s: seconds at the beginning in which transfers of the pass before went on.
+    """
     actions = [plan.actions[span.index] for span in spans]
     lanes: dict[str, list[tuple[Span, Run | Copy]]] = {}
     for span, action in zip(spans, actions, strict=True):
@@ -45,7 +54,8 @@ def drifts(
             lanes.setdefault(lane_of(action), []).append((span, action))
     busy = {lane: union(span for span, _ in found) for lane, found in lanes.items()}
     computing = busy.get(COMPUTE, [])
-    copying = union(span for lane, some in busy.items() if lane != COMPUTE for span in some)
+    copies = [span for lane, some in busy.items() if lane != COMPUTE for span in some]
+    copying = union([Span(0, 0.0, carried_s), *copies])
     high = cost.at(QUANTILE)
     found = []
     for lane, some in lanes.items():

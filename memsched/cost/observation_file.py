@@ -42,14 +42,21 @@ _WORDS = ("kind", "dtype")
 
 
 def append(
-    file: Path, plan: Plan, program: Program, machine: Machine, spans: Sequence[Span]
+    file: Path,
+    plan: Plan,
+    program: Program,
+    machine: Machine,
+    spans: Sequence[Span],
+    carried_s: float = 0.0,
 ) -> int:
     """Adds what a pass of a plan says. Returns how many observations that is; 0 for a full file.
 
     Raises:
         StoreError: the file cannot be written.
     """
-    return write(file, rates_digest(machine), observe(plan, program, machine, spans))
+    return write(
+        file, rates_digest(machine), observe(plan, program, machine, spans, carried_s=carried_s)
+    )
 
 
 def write(file: Path, machine: str, observations: Iterable[Observation]) -> int:

@@ -54,11 +54,18 @@ Observation = RunObservation | CopyObservation
 
 
 def observe(
-    plan: Plan, program: Program, machine: Machine, spans: Sequence[Span], *, case: str = ""
+    plan: Plan,
+    program: Program,
+    machine: Machine,
+    spans: Sequence[Span],
+    *,
+    carried_s: float = 0.0,
+    case: str = "",
 ) -> tuple[Observation, ...]:
     """What one pass says. A pass of fused steps says nothing: nobody knows what each of them took.
 
     Args:
+        carried_s: seconds at the beginning in which transfers of the pass before went on.
         case: what the observations belong together by; the program's digest by default.
     """
     case = case or program.digest
@@ -68,12 +75,11 @@ def observe(
         return ()
     # What is under way when the last step ends has no end of its own.
     end_s = max((span.end_s for span in runs), default=0.0)
-    copying, computing = union(copies), union(runs)
+    copying, computing = union([Span(0, 0.0, carried_s), *copies]), union(runs)
+    whole = [span for span in copies if span.end_s < end_s]
     return (
         *_runs(runs, copying, plan, program, case),
-        *_copies(
-            [span for span in copies if span.end_s < end_s], computing, plan, program, machine, case
-        ),
+        *_copies(whole, computing, plan, program, machine, carried_s, case),
     )
 
 
@@ -99,8 +105,10 @@ def _copies(
     plan: Plan,
     program: Program,
     machine: Machine,
+    carried_s: float,
     case: str,
 ) -> Iterator[CopyObservation]:
+    """Rows of transfers; not those that follow the pass before without a gap."""
     lanes: dict[str, list[tuple[Span, Copy]]] = {}
     for span in spans:
         action = plan.actions[span.index]
@@ -110,7 +118,7 @@ def _copies(
         for row in _rows(found):
             features = [copy_features(action, program, machine) for _, action in row]
             whole = Span(0, row[0][0].start_s, max(span.end_s for span, _ in row))
-            if whole.end_s > whole.start_s:
+            if whole.end_s > whole.start_s and (whole.start_s > carried_s + GAP_S or not carried_s):
                 yield CopyObservation(
                     case,
                     link,

@@ -39,11 +39,13 @@ class Outcome:
     """What a run gave: arrays on the device, and when each action was busy.
 
     `outputs` are the program's outputs and every cache and feature that was given. A Copy that was
-    still under way at the end has a span up to the end.
+    still under way at the end has a span up to the end. In the first `carried_s` seconds those of
+    the plan before went on.
     """
 
     outputs: dict[str, jax.Array]
     spans: tuple[Span, ...]
+    carried_s: float
 
 
 class Executor:
@@ -358,7 +360,8 @@ class Executor:
         for spec in made.given:
             tiers.take_over(DEVICE, spec.name, given[spec.name])
         checked = {} if ready.checked else ready.program.arrays
-        loop = Loop(tiers, self._ledger, record, Flight(record), callables, checked)
+        carried = tiers.under_way()
+        loop = Loop(tiers, self._ledger, record, Flight(record), callables, checked, carried)
         carry_out(loop, made.ops)
         ready.checked = True
         if made.weights_after is not made.weights_before:
@@ -368,7 +371,7 @@ class Executor:
                 tiers.arrive(DEVICE, name)
             tiers.leave(DEVICE, name)
         outputs = {name: tiers.values[DEVICE].pop(name) for name in made.returned}
-        return Outcome(outputs, record.spans())
+        return Outcome(outputs, record.spans(), record.carried_s)
 
 
 def _shape(spec: ArraySpec, place: Sharding) -> Any:

@@ -32,7 +32,8 @@ class Loop:
     """One run of a plan: where things lie, what is under way, what is written down.
 
     `kernels` are callables by the number of their dispatch. `checked` has the arrays that results
-    are compared with; it is empty once a plan has run.
+    are compared with; it is empty once a plan has run. `carried` are transfers of earlier plans
+    that were under way when it began.
     """
 
     tiers: Tiers
@@ -41,6 +42,7 @@ class Loop:
     flight: Flight
     kernels: Sequence[Kernel]
     checked: Mapping[str, ArraySpec]
+    carried: Sequence[Transfer]
     transfers: list[Transfer] = dataclasses.field(default_factory=list)
 
 
@@ -176,12 +178,19 @@ def _write_down(loop: Loop) -> None:
     """
     free_s: dict[tuple[str, str], float] = {}
     now_s = time.perf_counter()
+    for transfer in loop.carried:
+        end_s = transfer.times_s[1] or now_s
+        free_s[_lane(transfer)] = max(end_s, free_s.get(_lane(transfer), 0.0))
+    loop.record.carried_end_s = max([loop.record.start_s, *free_s.values()])
     for transfer in loop.transfers:
-        action = transfer.op.action
-        lane = (action.source, action.target)
+        lane = _lane(transfer)
         start_s, end_s = transfer.times_s
         # One that has ended without its time written down ends now: the thread is about to do it.
         end_s = end_s or now_s
         start_s = min(max(start_s, free_s.get(lane, 0.0)), end_s)
         loop.record.busy(transfer.op.index, start_s, end_s)
         free_s[lane] = max(end_s, free_s.get(lane, 0.0))
+
+
+def _lane(transfer: Transfer) -> tuple[str, str]:
+    return transfer.op.action.source, transfer.op.action.target

@@ -10,10 +10,13 @@ _NOTE = "while carrying out "
 
 
 class Record:
-    """Start and end of every action, in seconds of `time.perf_counter`."""
+    """Start and end of every action, in seconds of `time.perf_counter`.
+
+    `carried_end_s` is when the last transfer of an earlier plan ended that went on in this one.
+    """
 
     def __init__(self, actions: int) -> None:
-        self.start_s = time.perf_counter()
+        self.start_s = self.carried_end_s = time.perf_counter()
         self._starts_s = [self.start_s] * actions
         self._ends_s = [self.start_s] * actions
 
@@ -23,6 +26,11 @@ class Record:
         self._ends_s[index] = end_s
         for other in others:
             self._starts_s[other] = self._ends_s[other] = end_s
+
+    @property
+    def carried_s(self) -> float:
+        """Seconds from the start of the plan in which transfers of earlier ones went on."""
+        return self.carried_end_s - self.start_s
 
     def spans(self) -> tuple[Span, ...]:
         """All spans, counted from the start of the plan."""

@@ -248,6 +248,11 @@ class Tiers:
         elif op.offset is None and isinstance(value, jax.Array):
             value.delete()
 
+    def under_way(self) -> tuple[Transfer, ...]:
+        """What is still on its way."""
+        found = (transfer for tier in self.arriving.values() for transfer in tier.values())
+        return tuple(transfer for transfer in found if not transfer.done)
+
     def abandon(self) -> None:
         """Let everything under way end, and forget all arrays."""
         transfers = [transfer for tier in self.arriving.values() for transfer in tier.values()]

@@ -62,7 +62,7 @@ def learn(model: Qwen3VL, machine_file: Path | None) -> Learned:
             "scripts/calibrate.py here first"
         )
     added = sum(
-        append(file, tally.plan, tally.program, runner.machine, tally.spans)
+        append(file, tally.plan, tally.program, runner.machine, tally.spans, tally.carried_s)
         for tally in runner.tallies.values()
     )
     return Learned(added, file, tuple(_drifted(runner, runner.cost)))
@@ -71,5 +71,7 @@ def learn(model: Qwen3VL, machine_file: Path | None) -> Learned:
 def _drifted(runner: PlannedRunner, cost: LearnedCost) -> Iterator[tuple[str, Drift]]:
     for tally in runner.tallies.values():
         if tally.phase != MOVING and tally.spans:
-            found = drifts(tally.plan, tally.program, runner.machine, cost, tally.spans)
+            found = drifts(
+                tally.plan, tally.program, runner.machine, cost, tally.spans, tally.carried_s
+            )
             yield from ((tally.phase, one) for one in found if one.out)

@@ -242,8 +242,10 @@ class PlannedRunner:
         self.spans[phase.name] = outcome.spans
         while len(self.tallies) >= MOST_TALLIES:
             del self.tallies[next(iter(self.tallies))]
-        tally = Tally(phase.name, planned.plan, traced.program)
-        self.tallies.setdefault(id(planned.plan), tally).add(self.executor, *before, outcome.spans)
+        tally = self.tallies.setdefault(
+            id(planned.plan), Tally(phase.name, planned.plan, traced.program)
+        )
+        tally.add(self.executor, *before, outcome.spans, outcome.carried_s)
         self._living.note(outcome.outputs[name] for name in traced.program.of_kind("cache"))
         return jax.tree.unflatten(traced.tree, [outcome.outputs[name] for name in traced.results])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from memsched.cost import CostModel
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.sizes import parse_size
@@ -96,6 +97,7 @@ def run_sweep(
     machine: Machine,
     dtype: np.dtype,
     say: Callable[[str], None],
+    cost: CostModel | None = None,
     encodings: Encodings = NOTHING_ENCODED,
     plan_seconds: float | None = None,
 ) -> tuple[Point, ...]:
@@ -103,6 +105,7 @@ def run_sweep(
 
     Args:
         say: gets a line before every point.
+        cost: how long actions take; by default what the machine's rates say.
         encodings: of weights that rest encoded.
         plan_seconds: as for `memsched.compile_phases`, for each point.
 
@@ -129,6 +132,7 @@ def run_sweep(
                 asked,
                 dtype=dtype,
                 tracer=tracers[asked],
+                cost=cost,
                 encodings=encodings,
                 plan_seconds=plan_seconds,
             )

@@ -1,5 +1,6 @@
 """A sweep to read and to look at: text, data, a page with a plot, a picture."""
 
+import dataclasses
 import html
 import io
 import json
@@ -30,6 +31,7 @@ th, td {{ padding: .2rem .8rem; text-align: right; white-space: nowrap; }}
 th:last-child, td:last-child {{ text-align: left; }}
 </style></head><body>
 <h1>{title}</h1>
+<p>times: {basis}</p>
 <ul>{knees}</ul>
 {plots}
 <table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
@@ -37,25 +39,42 @@ th:last-child, td:last-child {{ text-align: left; }}
 """
 
 
-def sweep_dict(title: str, sweep: Sweep, points: tuple[Point, ...]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Swept:
+    """A sweep that was carried out. `basis` says what its times rest on."""
+
+    title: str
+    basis: str
+    sweep: Sweep
+    points: tuple[Point, ...]
+
+    @property
+    def knees(self) -> tuple[Knee, ...]:
+        """Where it pays to change the value, and where no longer."""
+        return knees(self.sweep, self.points)
+
+
+def sweep_dict(swept: Swept) -> dict[str, Any]:
     """As data, for JSON."""
     return {
-        "title": title,
-        "axis": sweep.axis,
-        "unit": sweep.unit,
-        "points": points_dict(sweep, points),
-        "knees": [{"value": knee.value, "what": knee.what} for knee in knees(sweep, points)],
+        "title": swept.title,
+        "cost_model": swept.basis,
+        "axis": swept.sweep.axis,
+        "unit": swept.sweep.unit,
+        "points": points_dict(swept.sweep, swept.points),
+        "knees": [{"value": knee.value, "what": knee.what} for knee in swept.knees],
     }
 
 
-def sweep_view(title: str, sweep: Sweep, points: Sequence[Point]) -> RenderableType:
+def sweep_view(swept: Swept) -> RenderableType:
     """To read, for a terminal."""
-    found = [line(f"  {knee.what}") for knee in knees(sweep, points)]
+    found = [line(f"  {knee.what}") for knee in swept.knees]
     gap = [line("")] if found else []
-    return Group(line(title, "bold"), line(""), *found, *gap, _table(sweep, points))
+    heading = line(swept.title, "bold"), line(f"times: {swept.basis}"), line("")
+    return Group(*heading, *found, *gap, _table(swept.sweep, swept.points))
 
 
-def write_sweep(path: Path, title: str, sweep: Sweep, points: tuple[Point, ...]) -> None:
+def write_sweep(path: Path, swept: Swept) -> None:
     """Text, data, page or picture, as the file's name says.
 
     Raises:
@@ -63,13 +82,13 @@ def write_sweep(path: Path, title: str, sweep: Sweep, points: tuple[Point, ...])
     """
     match path.suffix:
         case ".json":
-            write_whole(path, json.dumps(sweep_dict(title, sweep, points), indent=1) + "\n")
+            write_whole(path, json.dumps(sweep_dict(swept), indent=1) + "\n")
         case ".html":
-            write_whole(path, _page(title, sweep, points))
+            write_whole(path, _page(swept))
         case ".png":
-            write_whole(path, _png(title, sweep, points))
+            write_whole(path, _png(swept))
         case _:
-            write_whole(path, plain(sweep_view(title, sweep, points)))
+            write_whole(path, plain(sweep_view(swept)))
 
 
 def _heads(sweep: Sweep) -> tuple[str, ...]:
@@ -104,12 +123,13 @@ def _curves(points: Sequence[Point]) -> tuple[Curve, Curve]:
     )
 
 
-def _page(title: str, sweep: Sweep, points: Sequence[Point]) -> str:
-    found = knees(sweep, points)
+def _page(swept: Swept) -> str:
+    sweep, points, found = swept.sweep, swept.points, swept.knees
     marks = tuple(float(knee.value) for knee in found)
     curves = [curve for curve in _curves(points) if curve.x]
     return _PAGE.format(
-        title=html.escape(title),
+        title=html.escape(swept.title),
+        basis=html.escape(swept.basis),
         knees="".join(f"<li>{html.escape(knee.what)}</li>" for knee in found),
         plots="".join(plot_svg(one, marks, lambda v: value_text(sweep, v)) for one in curves),
         heads="".join(f"<th>{html.escape(head)}</th>" for head in _heads(sweep)),
@@ -130,23 +150,23 @@ def check_png() -> None:
         ) from None
 
 
-def _png(title: str, sweep: Sweep, points: Sequence[Point]) -> bytes:
+def _png(swept: Swept) -> bytes:
     check_png()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 8), layout="constrained")
-    found: Sequence[Knee] = knees(sweep, points)
-    for axes, curve in zip(figure.subplots(2, 1, sharex=True), _curves(points), strict=True):
+    sweep = swept.sweep
+    for axes, curve in zip(figure.subplots(2, 1, sharex=True), _curves(swept.points), strict=True):
         axes.plot(curve.x, curve.y, marker="o")
         axes.set_xscale("log")
         axes.set_ylabel(curve.name)
         axes.grid(visible=True, alpha=0.3)
-        for knee in found:
+        for knee in swept.knees:
             axes.axvline(knee.value, linestyle=":", color="gray")
         axes.xaxis.set_major_formatter(lambda value, _: value_text(sweep, value))
         axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel(sweep.axis)
-    figure.suptitle(title)
+    figure.suptitle(f"{swept.title}\n{swept.basis}")
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

@@ -16,8 +16,9 @@ MOVING = "moving"
 class Tally:
     """Passes of one plan of a phase, and bytes that the system read and wrote during them.
 
-    `spans` are those of the newest pass. What a plan that moves weights reads may still arrive
-    during the pass after it.
+    `spans` are those of the newest pass, and `carried_s` the seconds of it in which transfers of
+    the pass before went on. What a plan that moves weights reads may still arrive during the pass
+    after it.
     """
 
     phase: str
@@ -27,6 +28,7 @@ class Tally:
     read_bytes: int = 0
     written_bytes: int = 0
     spans: tuple[Span, ...] = ()
+    carried_s: float = 0.0
 
     @property
     def planned_bytes(self) -> tuple[int, int]:
@@ -42,9 +44,10 @@ class Tally:
         read_before: int,
         written_before: int,
         spans: tuple[Span, ...] = (),
+        carried_s: float = 0.0,
     ) -> None:
         """One more pass has ended."""
         self.passes += 1
-        self.spans = spans
+        self.spans, self.carried_s = spans, carried_s
         self.read_bytes += executor.read_bytes - read_before
         self.written_bytes += executor.written_bytes - written_before

@@ -138,7 +138,7 @@ def executed(plan: Plan, program: Program, machine: Machine) -> dict[int, tuple[
     kernels = [kernel(op) for op in made.ops if isinstance(op, RunOp)]
     record = Record(made.actions)
     ledger = Ledger(tuple(tier.name for tier in machine.tiers))
-    carry_out(Loop(tiers, ledger, record, Flight(record), kernels, {}), made.ops)
+    carry_out(Loop(tiers, ledger, record, Flight(record), kernels, {}, ()), made.ops)
     return clock.times
 
 

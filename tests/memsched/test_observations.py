@@ -1,5 +1,6 @@
 """Observations: what a pass says, and the file that collects them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,36 @@ def test_copies_that_follow_each_other_go_together() -> None:
         (1, 2, 4 * SIZE),
     ]
     assert [(one.seconds, one.beside) for one in copies] == [(2.0, 0.5), (2.0, 0.5)]
+
+
+def test_what_the_pass_before_still_reads_runs_beside_the_first_steps() -> None:
+    found = observe(PLAN, PROGRAM, MACHINE, SPANS, carried_s=1.5)
+    runs = [one for one in found if isinstance(one, RunObservation)]
+    # s0 from 1 to 3 now meets copies until 2: as before, for the second copy ends there.
+    assert [one.beside for one in runs] == [0.5, 0.0]
+    longer = observe(PLAN, PROGRAM, MACHINE, SPANS, carried_s=3.0)
+    # s0 all the time, s1 the later two of its three seconds.
+    assert {one.beside for one in longer if isinstance(one, RunObservation)} == {1.0, 0.5, 0.0}
+
+
+def test_copies_that_follow_the_pass_before_without_a_gap_say_nothing() -> None:
+    def rows(carried_s: float) -> list[int]:
+        found = observe(PLAN, PROGRAM, MACHINE, SPANS, carried_s=carried_s)
+        return [one.copies for one in found if isinstance(one, CopyObservation)]
+
+    assert rows(0.0) == [2, 1]
+    later = [dataclasses.replace(one, start_s=1.0) if one.index == 0 else one for one in SPANS]
+    found = observe(PLAN, PROGRAM, MACHINE, later, carried_s=1.0)
+    assert [one.copies for one in found if isinstance(one, CopyObservation)] == [1]
+
+
+def test_a_copy_that_is_overtaken_ends_its_row() -> None:
+    """w0 arrives after w1, which was asked for later: w2 still follows them."""
+    times = [(0, 4), (1, 2), (4, 5), (4, 6), (5, 6), (6, 6), (6, 8), (8, 9)]
+    spans = [Span(index, float(a), float(b)) for index, (a, b) in enumerate(times)]
+    found = observe(PLAN, PROGRAM, MACHINE, spans)
+    copies = [one for one in found if isinstance(one, CopyObservation)]
+    assert [(one.copies, one.seconds) for one in copies] == [(3, 6.0)]
 
 
 def test_fused_steps_say_nothing() -> None:

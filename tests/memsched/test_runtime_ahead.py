@@ -1,5 +1,6 @@
 """While a step waits for its weights, the disk is given what comes next."""
 
+import dataclasses
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,8 @@ from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Program
 from memsched.referee import verify
 from memsched.runtime import Executor
+from memsched.runtime.operations import RunOp
+from memsched.runtime.schedule import SMALL_WORKSPACE_BYTES, schedule
 from memsched.stores.blocks import StoredArray
 from memsched.stores.reader import Reader
 
@@ -102,3 +105,24 @@ def test_what_is_begun_early_changes_no_peak(tmp_path: Path) -> None:
     for name, values in wanted.items():
         np.testing.assert_array_equal(outputs[name], values)
     assert executor.ledger_peak_bytes == verify(two_slots(PROGRAM), PROGRAM, MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("workspace_bytes", "host", "settles"),
+    [
+        (SMALL_WORKSPACE_BYTES, None, False),
+        (SMALL_WORKSPACE_BYTES + 1, None, True),
+        (SMALL_WORKSPACE_BYTES + 1, 1 << 20, False),
+    ],
+)
+def test_large_workspaces_in_main_memory_never_meet(
+    workspace_bytes: int, host: int | None, settles: bool
+) -> None:
+    """XLA:CPU gives a workspace back after its step has ended; the next one must not be there."""
+    steps = [dataclasses.replace(step, workspace_bytes=workspace_bytes) for step in PROGRAM.steps]
+    program = dataclasses.replace(PROGRAM, steps=tuple(steps))
+    machine = programs.tiny_machine(device=1 << 30, host=host)
+    made = schedule(two_slots(program), program, machine)
+    runs = [op for op in made.ops if isinstance(op, RunOp)]
+    assert [op.settles for op in runs] == [False, settles, settles]
+    assert [op.follows for op in runs] == [False, not settles, not settles]

@@ -1,6 +1,7 @@
 """What lies where while plans are carried out, and who owns it."""
 
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -251,6 +252,39 @@ def test_a_run_waits_only_for_the_arrays_that_it_takes(
     # The second Copy ended when the first step had been called; the second step came after both.
     assert spans[0].end_s <= spans[2].start_s <= spans[1].end_s <= spans[3].start_s
     assert spans[2].end_s <= spans[3].end_s
+
+
+def test_a_plan_says_how_long_the_one_before_went_on_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fetched behind the last step arrives while the next plan's first step runs."""
+    gate, read = threading.Event(), Reader.read
+
+    def late(self: Reader, name: str, stored: StoredArray, target: np.ndarray) -> Future[None]:
+        future: Future[None] = Future()
+        whole = read(self, name, stored, target)
+        threading.Thread(target=lambda: (gate.wait(), future.set_result(whole.result()))).start()
+        return future
+
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        return KERNELS["layer"](x, w)
+
+    def opening(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        time.sleep(0.05)
+        gate.set()
+        return layer(x, w)
+
+    with Executor(TWO, stored.stored_weights(tmp_path / "weights", CHAIN, VALUES)) as executor:
+        loaded(executor, STEADY)
+        first = executor.run(STEADY, CHAIN, {"layer": layer}, X)
+        executor.run(STEADY, CHAIN, {"layer": layer}, X)
+        monkeypatch.setattr(Reader, "read", late)
+        executor.run(STEADY, CHAIN, {"layer": layer}, X)
+        second = executor.run(STEADY, CHAIN, {"layer": opening}, X)
+    assert first.carried_s == 0.0
+    run, own = second.spans[0], second.spans[5]
+    assert 0.05 <= second.carried_s < run.end_s
+    assert own.start_s >= second.carried_s
 
 
 def test_pages_that_the_next_plan_does_not_use_are_given_back(tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
+from memsched.cost import Roofline
 from memsched.errors import DoesNotFitError
+from memsched.machine import Machine
+from memsched.plan import Action
 from memsched.profiles import load_machine
+from memsched.program import Program
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.forecast import forecast
@@ -148,6 +152,27 @@ def test_other_axes_change_what_they_say() -> None:
     assert contexts[-1].fits
 
 
+class TwiceAsLong:
+    """A machine that was measured to take twice as long for everything."""
+
+    def seconds(self, action: Action, program: Program, machine: Machine) -> float:
+        return 2 * Roofline().seconds(action, program, machine)
+
+
+def test_what_was_learned_of_the_machine_decides() -> None:
+    sweep, nominal = swept("device-memory=100kB..4MB", 3)
+    machine = load_machine(MACHINE)
+    learned = run_sweep(
+        sweep, CONFIG, REQUEST, machine, FLOAT32, lambda _: None, cost=TwiceAsLong()
+    )
+    pairs = list(zip(nominal, learned, strict=True))
+    assert any(one.fits for one, _ in pairs)
+    for one, other in pairs:
+        assert one.fits == other.fits
+        if one.tokens_per_s and other.tokens_per_s:
+            assert other.tokens_per_s == pytest.approx(one.tokens_per_s / 2)
+
+
 def test_the_script_prints_writes_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +190,8 @@ def test_the_script_prints_writes_and_draws(
     assert script().main([*common, "--json"]) == 0
     data: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert data["axis"] == "device-memory"
+    assert "nothing was measured" in data["cost_model"]
+    assert f"times: {data['cost_model']}" in out
     assert [one["fits"] for one in data["points"]] == [False, True, True, True]
     assert page.count("<tr>") == 1 + len(data["points"])
     assert {knee["what"].split(" ")[0] for knee in data["knees"]} >= {"below", "beyond"}
