@@ -275,13 +275,12 @@ def test_a_plan_says_how_long_the_one_before_went_on_reading(
         return layer(x, w)
 
     with Executor(TWO, stored.stored_weights(tmp_path / "weights", CHAIN, VALUES)) as executor:
-        loaded(executor, STEADY)
-        first = executor.run(STEADY, CHAIN, {"layer": layer}, X)
-        executor.run(STEADY, CHAIN, {"layer": layer}, X)
+        loader, load = stored.loading(STEADY.entry, CHAIN, TWO)
+        assert executor.run(load, loader, {}, {}).carried_s == 0.0
         monkeypatch.setattr(Reader, "read", late)
         executor.run(STEADY, CHAIN, {"layer": layer}, X)
+        monkeypatch.setattr(Reader, "read", read)
         second = executor.run(STEADY, CHAIN, {"layer": opening}, X)
-    assert first.carried_s == 0.0
     run, own = second.spans[0], second.spans[5]
     assert 0.05 <= second.carried_s < run.end_s
     assert own.start_s >= second.carried_s
