@@ -4,6 +4,7 @@ Needs Chromium (Debian: apt-get install chromium); skipped without it.
 """
 
 import base64
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,19 @@ def test_the_numbers_on_the_page_are_those_of_its_data(
         last["tokens"] / last["seconds"], rel=5e-3
     )
     assert opened.complaints == []
+
+
+def test_what_a_solver_leaves_of_nothing_is_shown_as_nothing(
+    opened: Browser, tmp_path: Path
+) -> None:
+    gains_s = {"disk": 3e-18, "compute": 0.0}
+    chapter = dataclasses.replace(naive_chapter(), gains_s=gains_s)
+    path = tmp_path / "report.html"
+    path.write_text(page([chapter], COVER), "utf-8")
+    opened.show(path)
+    rows = f"[...{section('Prices')}.querySelectorAll('tbody tr')]"
+    shown = opened.value(f"{rows}.map(row => row.cells[2].textContent)")
+    assert shown == ["+0", "+0"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -15,10 +15,10 @@ function size(number) {
   return bytes(number);
 }
 
-// Three digits that count, without an exponent.
+// Three digits that count, without an exponent; 0 where none of twelve decimals would say more.
 function digits(number) {
   const magnitude = Math.abs(number);
-  if (magnitude === 0) return '0';
+  if (magnitude < 1e-12) return '0';
   if (magnitude >= 100) return count(number);
   return number.toFixed(Math.min(12, Math.max(0, 2 - Math.floor(Math.log10(magnitude)))));
 }
