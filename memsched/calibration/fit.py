@@ -7,7 +7,7 @@ that they were not fitted on: how well a model knows its own cases says nothing.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from memsched.calibration.descent import descend, pinball
 from memsched.calibration.fit_links import fit_links
+from memsched.calibration.weighted import weighted_quantile
 from memsched.cost.coefficients import (
     DURATIONS_S,
     FEW_ROWS,
@@ -41,7 +42,8 @@ FEWEST_CASES = 2
 TO_RATES, TO_NEIGHBOURS, TO_NONE = 2e-4, 4e-3, 2e-3
 PARTLY = (0.1, 0.9)
 # Steps alone and beside copies are compared from so many of each, of so many seconds.
-FEWEST_SECONDS, SHORTEST_S = 8, 2e-4
+FEWEST_SECONDS, SHORTEST_S = 8, 1e-3
+MOST_LOST = 0.75
 LEAST_EXCESS = 0.01
 MARGIN_TO_NEIGHBOURS = 1e-2
 HELD_OUT = 0.632
@@ -154,29 +156,52 @@ def _start(machine: Machine, data: dict[str, Any]) -> dict[str, Any]:
 def _excess(runs: Sequence[RunObservation], machine: Machine) -> jax.Array:
     """Log of how much longer steps of few and of many rows take beside copies than alone.
 
-    Equal steps of one program are compared: what else differs between programs plays no part.
+    Equal steps of one model are compared: what else differs between programs plays no part. Those
+    that copies overlap from end to end decide; where there are none, those that they overlap in
+    part, too.
     """
-    seconds: dict[tuple[str, RunFeatures], tuple[list[float], list[float]]] = {}
+    alone: dict[tuple[str, RunFeatures], list[float]] = {}
     for one in runs:
-        alone, beside = seconds.setdefault((one.case, one.features), ([], []))
-        if not PARTLY[0] < one.beside < PARTLY[1]:
-            (beside if one.beside >= PARTLY[1] else alone).extend(one.seconds)
+        if one.beside < PARTLY[0]:
+            alone.setdefault((one.case, one.features), []).extend(one.seconds)
+    usual_s = {
+        key: float(np.median(some))
+        for key, some in alone.items()
+        if len(some) >= FEWEST_SECONDS and np.median(some) >= SHORTEST_S
+    }
     found = []
     for many in (False, True):
-        ratios = [
-            np.median(beside) / np.median(alone)
-            for (_, features), (alone, beside) in seconds.items()
-            if (features.rows > FEW_ROWS) is many
-            and min(len(alone), len(beside)) >= FEWEST_SECONDS
-            and np.median(alone) >= SHORTEST_S
+        known = [
+            one
+            for one in runs
+            if (one.case, one.features) in usual_s and (one.features.rows > FEW_ROWS) is many
         ]
-        slowdown = np.median(ratios) if ratios else physical_slowdown(machine)
-        found.append(math.log(max(LEAST_EXCESS, float(slowdown) - 1.0)))
+        shares = (_lost(known, usual_s, least) for least in reversed(PARTLY))
+        lost = next((share for share in shares if share is not None), None)
+        slowdown = physical_slowdown(machine) if lost is None else 1.0 / (1.0 - lost)
+        found.append(math.log(max(LEAST_EXCESS, slowdown - 1.0)))
     return jnp.asarray(found, jnp.float32)
 
 
+def _lost(
+    runs: Sequence[RunObservation], usual_s: Mapping[tuple[str, RunFeatures], float], least: float
+) -> float | None:
+    """The part of the time beside copies that steps lose to them, None where nothing says it.
+
+    Args:
+        least: the part of a step that copies overlap at least.
+    """
+    some = [one for one in runs if one.beside >= least]
+    if sum(len(one.seconds) for one in some) < FEWEST_SECONDS:
+        return None
+    beside_s = [one.beside * seconds for one in some for seconds in one.seconds]
+    more_s = [seconds - usual_s[one.case, one.features] for one in some for seconds in one.seconds]
+    lost = weighted_quantile(np.divide(more_s, beside_s), beside_s, 0.5)
+    return min(max(lost, 0.0), MOST_LOST)
+
+
 def _log_seconds(parameters: Any, data: dict[str, Any]) -> jax.Array:
-    slowdown = run_slowdown(parameters, data["many"], jnp)
+    slowdown = run_slowdown(parameters, data["many"], data["moves"], jnp)
     factor = jnp.log(stretched(data["beside"], slowdown))
     found: jax.Array = run_log_seconds(parameters, data, jnp) + factor
     return found

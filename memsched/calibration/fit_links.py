@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memsched.calibration.descent import descend, pinball
+from memsched.calibration.weighted import weighted_quantile
 from memsched.cost.coefficients import LinkCoefficients, stretched
 from memsched.cost.observations import CopyObservation
 from memsched.machine import Link, Machine
@@ -65,10 +66,10 @@ def _fit(
         return misfit + TO_RATES * jnp.sum((parameters - start) ** 2)
 
     found: jax.Array = jax.jit(lambda: descend(loss, start))()
-    left = np.asarray(log_s - _log_seconds(found, data))
+    left, shares = np.asarray(log_s - _log_seconds(found, data)), _shares(observations)
     latency_s, block_s, rate, excess = (math.exp(float(one)) for one in found)
     margins = {
-        str(quantile): max(1.0, math.exp(_quantile(left, _shares(observations), quantile)))
+        str(quantile): max(1.0, math.exp(weighted_quantile(left, shares, quantile)))
         for quantile in quantiles
     }
     return LinkCoefficients(link.bytes_per_s, latency_s, block_s, rate, 1.0 + excess, margins)
@@ -78,13 +79,6 @@ def _shares(observations: Sequence[CopyObservation]) -> np.ndarray:
     """Weights by which each program counts the same."""
     counts = Counter(one.case for one in observations)
     return np.array([1.0 / counts[one.case] for one in observations])
-
-
-def _quantile(values: np.ndarray, weights: np.ndarray, quantile: float) -> float:
-    """The least value that at least this share of the weight does not exceed."""
-    order = np.argsort(values)
-    share = np.cumsum(weights[order]) / np.sum(weights)
-    return float(values[order[min(np.searchsorted(share, quantile), len(values) - 1)]])
 
 
 def _log_seconds(parameters: jax.Array, data: Columns) -> jax.Array:

@@ -1,8 +1,9 @@
 """How far the resident memory of this process grew, from the kernel's own marks."""
 
-import ctypes
 import gc
 from pathlib import Path
+
+from memsched.stores.heap import give_back
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -11,8 +12,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 def start_peak() -> int | None:
     """Resets the high-water mark; what is resident now, None where the kernel keeps no mark."""
     gc.collect()
+    give_back()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         _CLEAR.write_text("5")
     except OSError:
         return None

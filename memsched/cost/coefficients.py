@@ -100,6 +100,7 @@ def table(
     columns["class"] = np.array([row_class(one.rows) for one in features], np.int32)
     columns["many"] = np.array([one.rows > FEW_ROWS for one in features], np.int32)
     columns["several"] = np.array([one.rows > 1 for one in features], np.int32)
+    columns["moves"] = np.array([moves(one) for one in features], np.float64)
     columns["kind"] = np.array([known.get(one.kind, -1) for one in features], np.int32)
     return columns
 
@@ -135,9 +136,19 @@ def run_log_seconds(parameters: Parameters, columns: Mapping[str, Any], xp: Any)
     return log_s + factor + _curve(parameters["slope"], log_s, xp)
 
 
-def run_slowdown(parameters: Parameters, many: Any, xp: Any) -> Any:
-    """How many times as long a step takes while something is copied; `many` rows or few."""
-    return 1.0 + xp.exp(parameters["excess"])[many]
+def run_slowdown(parameters: Parameters, many: Any, moves: Any, xp: Any) -> Any:
+    """How many times as long a step takes while something is copied.
+
+    Args:
+        many: 1 for many rows, 0 for few.
+        moves: of `moves`.
+    """
+    return 1.0 + xp.exp(parameters["excess"])[many] * moves
+
+
+def moves(features: RunFeatures) -> float:
+    """1 for a step that reads weights or caches; 0 for one that is mostly its dispatch."""
+    return float(features.weight_bytes + features.cache_bytes > 0)
 
 
 def stretched(beside: Any, slowdown: Any) -> Any:

@@ -8,6 +8,7 @@ from memsched.cost.coefficients import (
     FEW_ROWS,
     Coefficients,
     duration_class,
+    moves,
     run_log_seconds,
     run_slowdown,
     table,
@@ -106,7 +107,8 @@ class LearnedCost:
 
     def run_slowdown(self, features: RunFeatures) -> float:
         """How many times as long such a step takes while something is copied."""
-        return float(run_slowdown(self.coefficients.run, int(features.rows > FEW_ROWS), np))
+        many = int(features.rows > FEW_ROWS)
+        return float(run_slowdown(self.coefficients.run, many, moves(features), np))
 
     def copies_s(
         self, link: str, copies: int, blocks: int, nbytes: int, scale: float = 1.0

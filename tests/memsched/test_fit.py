@@ -24,13 +24,17 @@ FACTORS = {"layer": 1.0, "block": 1.5, "norm": 1.0}
 
 
 def law_s(one: RunFeatures, beside: float) -> float:
-    """The made-up machine: what a step takes, half of it `beside` copies or not."""
+    """The made-up machine: what a step takes, a part of it `beside` copies.
+
+    Copies slow down what reads weights or caches.
+    """
     few, many = RATES[one.dtype]
     rate = 4 * few if one.rows <= 8 else many
     products = max(one.weight_flops / rate, one.weight_bytes / few)
     others = max(one.other_flops / 5e10, one.cache_bytes / 8e9)
     alone = FACTORS[one.kind] * (2e-5 + products + others + one.value_bytes / 1e10)
-    return alone / (1 - beside * (1 - 1 / SLOWDOWN))
+    slowdown = 1.0 if one.kind == "norm" else SLOWDOWN
+    return alone / (1 - beside * (1 - 1 / slowdown))
 
 
 def step(kind: str, width: int, rows: int, slots: int, dtype: str) -> RunFeatures:
@@ -51,11 +55,14 @@ def steps(widths: tuple[int, ...]) -> list[RunFeatures]:
 
 
 def measured(
-    widths: tuple[int, ...], rng: np.random.Generator, noise: float = NOISE
+    widths: tuple[int, ...],
+    rng: np.random.Generator,
+    noise: float = NOISE,
+    parts: tuple[float, ...] = (0.0, 0.5, 1.0),
 ) -> list[Observation]:
     """Every step eight times, alone and beside copies; copies alone and beside steps."""
     found: list[Observation] = []
-    for one, beside in itertools.product(steps(widths), (0.0, 0.5, 1.0)):
+    for one, beside in itertools.product(steps(widths), parts):
         seconds = law_s(one, beside) * np.exp(noise * rng.standard_normal(8))
         case = f"{one.value_bytes % 977}{one.dtype}"
         found.append(RunObservation(case, one, beside, tuple(sorted(map(float, seconds)))))
@@ -99,6 +106,21 @@ def test_the_slowdown_of_steps_beside_copies_is_found(fitted: Coefficients) -> N
     for rows in (1, 512):
         one = step("layer", 1024, rows, 256, "bfloat16")
         assert cost.run_slowdown(one) == pytest.approx(SLOWDOWN, rel=0.05)
+
+
+def test_what_copies_never_overlap_from_end_to_end_says_how_they_slow_it_too(
+    machine: Machine,
+) -> None:
+    some = measured((512, 1024, 2048), np.random.default_rng(3), parts=(0.0, 0.3, 0.6))
+    cost = LearnedCost(fit(some, machine, "0" * 16))
+    for rows in (1, 512):
+        one = step("layer", 1024, rows, 256, "bfloat16")
+        assert cost.run_slowdown(one) == pytest.approx(SLOWDOWN, rel=0.1)
+
+
+def test_copies_take_nothing_from_steps_that_read_nothing(fitted: Coefficients) -> None:
+    cost = LearnedCost(fitted)
+    assert cost.run_slowdown(step("norm", 1024, 1, 256, "bfloat16")) == 1.0
 
 
 def test_links_are_found(fitted: Coefficients) -> None:
