@@ -242,10 +242,8 @@ class PlannedRunner:
         self.spans[phase.name] = outcome.spans
         while len(self.tallies) >= MOST_TALLIES:
             del self.tallies[next(iter(self.tallies))]
-        tally = self.tallies.setdefault(
-            id(planned.plan), Tally(phase.name, planned.plan, traced.program)
-        )
-        tally.add(self.executor, *before, outcome.spans, outcome.carried_s)
+        tally = Tally(phase.name, planned.plan, traced.program)
+        self.tallies.setdefault(id(planned.plan), tally).add(self.executor, *before, outcome)
         self._living.note(outcome.outputs[name] for name in traced.program.of_kind("cache"))
         return jax.tree.unflatten(traced.tree, [outcome.outputs[name] for name in traced.results])
 
@@ -395,7 +393,7 @@ class PlannedRunner:
         before = self.executor.read_bytes, self.executor.written_bytes
         self.executor.run(plan, program, {}, {})
         moves = self.tallies.setdefault(id(plan), Tally(MOVING, plan, program))
-        moves.add(self.executor, *before)
+        moves.add(self.executor, *before, outcome=None)
 
 
 def _nothing(name: str) -> None:

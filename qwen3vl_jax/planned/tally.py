@@ -6,7 +6,7 @@ from memsched.cost import Span
 from memsched.machine import NVME
 from memsched.plan import Copy, Plan
 from memsched.program import Program
-from memsched.runtime import Executor
+from memsched.runtime import Executor, Outcome
 
 # The phase of a plan that only moves weights to where the next one expects them.
 MOVING = "moving"
@@ -43,11 +43,11 @@ class Tally:
         executor: Executor,
         read_before: int,
         written_before: int,
-        spans: tuple[Span, ...] = (),
-        carried_s: float = 0.0,
+        outcome: Outcome | None,
     ) -> None:
-        """One more pass has ended."""
+        """One more pass has ended, with an outcome if it computed something."""
         self.passes += 1
-        self.spans, self.carried_s = spans, carried_s
+        if outcome is not None:
+            self.spans, self.carried_s = outcome.spans, outcome.carried_s
         self.read_bytes += executor.read_bytes - read_before
         self.written_bytes += executor.written_bytes - written_before
