@@ -20,7 +20,7 @@ QUANTILE = 0.9
 # A step is small that takes less than this part of its pass: hardly more than its dispatch.
 SMALL = 0.01
 # What reading takes beside a plan, and what the heap keeps of a step.
-PROCESS_BYTES = 24_000_000
+PROCESS_BYTES = 34_000_000
 Rounds = Mapping[str, Sequence[Measured]]
 
 

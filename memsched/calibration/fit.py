@@ -1,8 +1,7 @@
-"""From observations to a learned cost model: medians first, then margins on what was held out.
+"""From observations to a learned cost model: medians first, then margins on what they leave over.
 
 Medians minimise the log ratio of measured over predicted, over all cases alike, held back by the
-machine's own rates where nothing was measured. Margins are fitted on what models say of programs
-that they were not fitted on: how well a model knows its own cases says nothing.
+machine's own rates where nothing was measured.
 """
 
 import math
@@ -35,7 +34,6 @@ from memsched.cost.rates import rates_digest
 from memsched.errors import ProgramError
 from memsched.machine import Machine
 
-FOLDS = 4
 QUANTILES = (0.9,)
 FEWEST_CASES = 2
 # How strongly parameters are held: to the machine's rates, to their neighbours, to nothing.
@@ -46,7 +44,6 @@ FEWEST_SECONDS, SHORTEST_S = 8, 1e-3
 MOST_LOST = 0.75
 LEAST_EXCESS = 0.01
 MARGIN_TO_NEIGHBOURS = 1e-2
-HELD_OUT = 0.632
 
 
 def fit(observations: Sequence[Observation], machine: Machine, identity: str) -> Coefficients:
@@ -69,7 +66,7 @@ def fit(observations: Sequence[Observation], machine: Machine, identity: str) ->
     dtypes = tuple(sorted({one.features.dtype for one in runs}))
     kinds = tuple(sorted({one.features.kind for one in runs}))
     data = _data(runs, dtypes, kinds)
-    found, fitted, held_out = _medians(data, runs, cases, machine)
+    found, log_s = _medians(data, runs, machine)
     return Coefficients(
         machine=rates_digest(machine),
         identity=identity,
@@ -79,7 +76,7 @@ def fit(observations: Sequence[Observation], machine: Machine, identity: str) ->
         dtypes=dtypes,
         kinds=kinds,
         run=found,
-        margins={str(q): _margins(runs, fitted, held_out, q) for q in QUANTILES},
+        margins={str(q): _margins(runs, log_s, q) for q in QUANTILES},
         links=fit_links(copies, machine, QUANTILES),
     )
 
@@ -106,29 +103,16 @@ def _data(
 
 
 def _medians(
-    data: dict[str, Any], runs: Sequence[RunObservation], cases: Sequence[str], machine: Machine
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Parameters from all cases, and what is said of each observation.
-
-    First by all cases, then by a fold without its own.
-    """
-    folds = min(FOLDS, len(cases))
-    place = {case: index for index, case in enumerate(cases)}
-    fold_of = np.array([place[one.case] % folds for one in runs])
-    weights = np.stack(
-        [data["weight"] * (fold_of != fold) for fold in range(folds)] + [data["weight"]]
-    )
+    data: dict[str, Any], runs: Sequence[RunObservation], machine: Machine
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Parameters, and the log of what they say of each observation."""
     start = _start(machine, data) | {"excess": _excess(runs, machine)}
-
-    @jax.jit
-    def fitted(weights: jax.Array) -> tuple[Any, jax.Array]:
-        found = descend(lambda p: _loss(p, start, data, weights), start)
-        return found, _log_seconds(found, data)
-
-    results = [fitted(jnp.asarray(row, jnp.float32)) for row in weights]
-    held_out = np.stack([np.asarray(log_s) for _, log_s in results[:-1]])
-    found = {name: np.asarray(value, np.float64) for name, value in results[-1][0].items()}
-    return found, np.asarray(results[-1][1]), held_out[fold_of, np.arange(len(runs))]
+    weights = jnp.asarray(data["weight"], jnp.float32)
+    found: dict[str, jax.Array] = jax.jit(
+        lambda: descend(lambda p: _loss(p, start, data, weights), start)
+    )()
+    said = np.asarray(_log_seconds(found, data))
+    return {name: np.asarray(value, np.float64) for name, value in found.items()}, said
 
 
 def _start(machine: Machine, data: dict[str, Any]) -> dict[str, Any]:
@@ -220,21 +204,13 @@ def _loss(parameters: Any, start: Any, data: dict[str, Any], weights: jax.Array)
 
 
 def _margins(
-    runs: Sequence[RunObservation], fitted: np.ndarray, held_out: np.ndarray, quantile: float
+    runs: Sequence[RunObservation], log_s: np.ndarray, quantile: float
 ) -> tuple[float, ...]:
-    """Log factors by class of durations, from every single duration.
+    """Log factors by class of durations, from every single duration; every case counts the same.
 
-    What was fitted to a case errs too little in it, what was fitted without it too much: it lies
-    outside of all the others then. Weighed as in the .632 bootstrap (Efron, JASA 78, 1983).
+    They are what the fit leaves over. Folds without a case say more than that of a new one: theirs
+    lies outside of all others, a new one between them.
     """
-    inside = _margin_of(runs, fitted, quantile)
-    outside = _margin_of(runs, held_out, quantile)
-    found = HELD_OUT * outside + (1.0 - HELD_OUT) * inside
-    return tuple(max(0.0, round(float(value), 5)) for value in found)
-
-
-def _margin_of(runs: Sequence[RunObservation], log_s: np.ndarray, quantile: float) -> np.ndarray:
-    """Margins for predictions `log_s`; every case counts the same."""
     counts: Counter[str] = Counter()
     for one in runs:
         counts[one.case] += len(one.seconds)
@@ -252,4 +228,5 @@ def _margin_of(runs: Sequence[RunObservation], log_s: np.ndarray, quantile: floa
         return jnp.sum(weight * missed) / jnp.sum(weight) + near
 
     start = jnp.full(len(DURATIONS_S) + 1, 0.1, jnp.float32)
-    return np.asarray(jax.jit(lambda: descend(loss, start))())
+    found = jax.jit(lambda: descend(loss, start))()
+    return tuple(max(0.0, round(float(value), 5)) for value in found)
