@@ -81,8 +81,8 @@ _WIDE = Shape(2560, 9728, 32, 8, 2, 32768)
 _TESTED = Shape(2048, 6144, 16, 8, 5, 32768, tower=768, depth=5)
 _OTHER = Shape(1280, 3584, 10, 2, 8, 24576, tower=1152)
 
-# What is read while it computes has a twin that is all in memory: only so can one see how much
-# longer its steps take for that.
+# Of each kind something that is read while it computes has a twin that is all in memory: only so
+# can one see how much longer steps take for that.
 CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_NARROW, "decode", 512),
     Rehearsal(_NARROW, "prefill", tokens=128),
