@@ -5,6 +5,7 @@ the round before. No model can do better than that on a machine that changes its
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -28,7 +29,8 @@ Rounds = Mapping[str, Sequence[Measured]]
 class Score:
     """Errors of one class of cases: of all medians in each round.
 
-    `covered` is the part of single measurements below the 90 % quantile, None where there is none.
+    `noise` and `worst_noise` are those of predicting by the round before. `covered` is the part of
+    single measurements below the 90 % quantile.
     """
 
     what: str
@@ -36,7 +38,8 @@ class Score:
     median: float
     worst: float
     noise: float
-    covered: float | None
+    worst_noise: float
+    covered: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,17 +163,19 @@ def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
         len(earlier),
         statistics.median(errors),
         max(errors),
-        statistics.median(noise) if noise else float("nan"),
+        statistics.median(noise) if noise else math.nan,
+        max(noise, default=math.nan),
         statistics.fmean(covered),
     )
 
 
 def scores_text(found: Sequence[Score]) -> str:
     """A table."""
-    rows = [f"{'held out':<14}{'cases':>7}{'median':>9}{'worst':>9}{'noise':>9}{'below p90':>11}"]
+    heads = f"{'median':>9}{'noise':>9}{'worst':>9}{'noise':>9}{'below p90':>11}"
+    rows = [f"{'held out':<14}{'cases':>7}{heads}"]
     rows += [
-        f"{one.what:<14}{one.cases:>7}{one.median:>9.1%}{one.worst:>9.1%}{one.noise:>9.1%}"
-        f"{'-' if one.covered is None else format(one.covered, '.1%'):>11}"
+        f"{one.what:<14}{one.cases:>7}{one.median:>9.1%}{one.noise:>9.1%}{one.worst:>9.1%}"
+        f"{one.worst_noise:>9.1%}{one.covered:>11.1%}"
         for one in found
     ]
     return "\n".join(rows) + "\n"
