@@ -21,6 +21,7 @@ from memsched.cost.coefficients import (
     FEW_ROWS,
     Coefficients,
     duration_class,
+    kind_of,
     run_log_seconds,
     run_slowdown,
     shapes,
@@ -64,7 +65,7 @@ def fit(observations: Sequence[Observation], machine: Machine, identity: str) ->
             " measure for longer (--minutes)"
         )
     dtypes = tuple(sorted({one.features.dtype for one in runs}))
-    kinds = tuple(sorted({one.features.kind for one in runs}))
+    kinds = tuple(sorted({kind_of(one.features) for one in runs}))
     data = _data(runs, dtypes, kinds)
     found, log_s = _medians(data, runs, machine)
     return Coefficients(

@@ -101,8 +101,13 @@ def table(
     columns["many"] = np.array([one.rows > FEW_ROWS for one in features], np.int32)
     columns["several"] = np.array([one.rows > 1 for one in features], np.int32)
     columns["moves"] = np.array([moves(one) for one in features], np.float64)
-    columns["kind"] = np.array([known.get(one.kind, -1) for one in features], np.int32)
+    columns["kind"] = np.array([known.get(kind_of(one), -1) for one in features], np.int32)
     return columns
+
+
+def kind_of(features: RunFeatures) -> str:
+    """What shares a factor: a kernel with few rows, or with many: other things bound them."""
+    return features.kind if features.rows <= FEW_ROWS else f"{features.kind}_many"
 
 
 def run_log_seconds(parameters: Parameters, columns: Mapping[str, Any], xp: Any) -> Any:

@@ -14,9 +14,10 @@ from memsched.calibration.trials import Trial, make_trial
 from memsched.machine import Machine
 from qwen3vl_jax.checkpoints.encodings import as_encoded, encodings_of, everywhere
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig, load_config
+from qwen3vl_jax.layer_steps import WHOLE_LAYERS
 from qwen3vl_jax.phases import phases
 from qwen3vl_jax.planned.forecast import Work, works_of
-from qwen3vl_jax.planned.granularity import vocab_rows
+from qwen3vl_jax.planned.granularity import finest, vocab_rows
 from qwen3vl_jax.planned.programs import trace_phase
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
@@ -51,7 +52,8 @@ class Shape:
 class Rehearsal:
     """One phase of a model: `tokens` of a prompt, or of an answer after that many in the cache.
 
-    `share` is how much of the weights stays in memory, which are encoded with `codec`.
+    `share` is how much of the weights stays in memory, which are encoded with `codec`. Layers are
+    `split` into the finest steps, as on machines that stream, or whole.
     """
 
     shape: Shape
@@ -63,6 +65,7 @@ class Rehearsal:
     share: float = 1.0
     side: int = 0
     codec: str = "raw"
+    split: bool = False
 
     @property
     def name(self) -> str:
@@ -71,7 +74,9 @@ class Rehearsal:
         if self.phase == "vision":
             what = f"{self.side}x{self.side}"
         form = self.dtype if self.codec == "raw" else self.codec
-        return f"{self.phase} {self.shape.name} {form} {what} x{self.batch} at {self.share:.0%}"
+        cut = "split " if self.split else ""
+        where = f"x{self.batch} at {self.share:.0%}"
+        return f"{self.phase} {self.shape.name} {cut}{form} {what} {where}"
 
 
 _SMALL = Shape(768, 2304, 6, 2, 12, tower=640)
@@ -86,7 +91,7 @@ _OTHER = Shape(1280, 3584, 10, 2, 8, 24576, tower=1152)
 CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_NARROW, "decode", 512),
     Rehearsal(_NARROW, "prefill", tokens=128),
-    Rehearsal(_WIDE, "decode", 1024, share=0.3),
+    Rehearsal(_WIDE, "decode", 1024, share=0.3, split=True),
     Rehearsal(_SMALL, "decode", 512, batch=4),
     Rehearsal(_MIDDLE, "decode", 2048),
     Rehearsal(_SMALL, "prefill", tokens=512),
@@ -94,44 +99,48 @@ CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_NARROW, "decode", 512, codec="int8"),
     Rehearsal(_WIDE, "decode", 256, codec="int4:32"),
     Rehearsal(_WIDE, "decode", 1024),
+    Rehearsal(_WIDE, "decode", 1024, split=True),
     Rehearsal(_SMALL, "decode", 4096),
-    Rehearsal(_NARROW, "decode", 512, share=0.5),
+    Rehearsal(_NARROW, "decode", 512, share=0.5, split=True),
+    Rehearsal(_NARROW, "decode", 512, split=True),
     Rehearsal(_MIDDLE, "prefill", tokens=256),
     Rehearsal(_WIDE, "decode", 256, batch=2),
     Rehearsal(_SMALL, "vision", side=384),
-    Rehearsal(_MIDDLE, "prefill", tokens=64, share=0.4),
+    Rehearsal(_MIDDLE, "prefill", tokens=64, share=0.4, split=True),
     Rehearsal(_NARROW, "decode", 512, dtype="float32"),
     Rehearsal(_MIDDLE, "decode", 512, codec="int4:64"),
     Rehearsal(_SMALL, "prefill", tokens=128, codec="int8"),
     Rehearsal(_MIDDLE, "decode", 512, batch=6),
     Rehearsal(_SMALL, "prefill", tokens=128, dtype="float32"),
-    Rehearsal(_NARROW, "prefill", tokens=128, share=0.6),
+    Rehearsal(_NARROW, "prefill", tokens=128, share=0.6, split=True),
+    Rehearsal(_NARROW, "prefill", tokens=128, split=True),
     Rehearsal(_SMALL, "decode", 1024, dtype="float32"),
     Rehearsal(_SMALL, "prefill", tokens=16),
     Rehearsal(_MIDDLE, "decode", 512, batch=12),
     Rehearsal(_MIDDLE, "vision", side=320),
     Rehearsal(_NARROW, "prefill", tokens=32),
     Rehearsal(_WIDE, "prefill", tokens=128),
-    Rehearsal(_WIDE, "decode", 512, batch=4, codec="int8", share=0.5),
+    Rehearsal(_WIDE, "decode", 512, batch=4, codec="int8", share=0.5, split=True),
     Rehearsal(_MIDDLE, "prefill", tokens=256, codec="int4:32"),
-    Rehearsal(_SMALL, "decode", 1024, dtype="float32", share=0.5),
+    Rehearsal(_SMALL, "decode", 1024, dtype="float32", share=0.5, split=True),
+    Rehearsal(_SMALL, "decode", 1024, dtype="float32", split=True),
 )
 
 EVALUATION: tuple[Rehearsal, ...] = (
     Rehearsal(_TESTED, "decode", 1024),
-    Rehearsal(_TESTED, "decode", 1024, share=0.6),
-    Rehearsal(_TESTED, "decode", 512, share=0.3),
-    Rehearsal(_TESTED, "decode", 512, batch=4, share=0.6),
+    Rehearsal(_TESTED, "decode", 1024, share=0.6, split=True),
+    Rehearsal(_TESTED, "decode", 512, share=0.3, split=True),
+    Rehearsal(_TESTED, "decode", 512, batch=4, share=0.6, split=True),
     Rehearsal(_TESTED, "prefill", tokens=256),
-    Rehearsal(_TESTED, "prefill", tokens=128, share=0.3),
+    Rehearsal(_TESTED, "prefill", tokens=128, share=0.3, split=True),
     Rehearsal(_TESTED, "vision", side=320),
     Rehearsal(_TESTED, "decode", 512, codec="int8"),
-    Rehearsal(_TESTED, "decode", 512, codec="int4:32", share=0.5),
+    Rehearsal(_TESTED, "decode", 512, codec="int4:32", share=0.5, split=True),
     Rehearsal(_OTHER, "prefill", tokens=256, codec="int8"),
     Rehearsal(_OTHER, "decode", 2048),
-    Rehearsal(_OTHER, "decode", 512, share=0.5),
+    Rehearsal(_OTHER, "decode", 512, share=0.5, split=True),
     Rehearsal(_OTHER, "prefill", tokens=384),
-    Rehearsal(_OTHER, "prefill", tokens=384, share=0.5),
+    Rehearsal(_OTHER, "prefill", tokens=384, share=0.5, split=True),
     Rehearsal(_OTHER, "decode", 512, dtype="float32"),
 )
 
@@ -150,7 +159,8 @@ def trial_of(one: Rehearsal, machine: Machine) -> Trial:
     config = as_encoded(config, encodings)
     work, rows = _work(one, config, dtype), vocab_rows(config, dtype)
     network = shape_network(config, dtype=dtype, vocab_rows=rows, encodings=encodings)
-    traced = trace_phase(phases(config)[work.phase], network, work.arrays)
+    granularity = finest(config) if one.split else WHOLE_LAYERS
+    traced = trace_phase(phases(config, granularity)[work.phase], network, work.arrays)
     return make_trial(
         one.name,
         one.shape.name,

@@ -26,7 +26,7 @@ from memsched.profiles import load_machine
 from qwen3vl_jax.planned import rehearsals
 from qwen3vl_jax.planned.dry_run import dry_run
 from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
-from qwen3vl_jax.planned.rehearsals import Rehearsal, Shape, trial_of
+from qwen3vl_jax.planned.rehearsals import CALIBRATION, EVALUATION, Rehearsal, Shape, trial_of
 from qwen3vl_jax.planned.request import Request
 from scripts import calibrate, generate
 
@@ -127,6 +127,13 @@ def test_the_evaluation_is_of_models_that_nothing_was_fitted_to(done: Done) -> N
     assert peak["name"].startswith("decode 320x576")
     assert peak["ledger_bytes"] == peak["predicted_bytes"] < peak["process_bytes"]
     assert "below p90" in done.text
+
+
+def test_what_streams_has_the_steps_that_machines_stream_with_and_a_twin_in_memory() -> None:
+    assert all(one.split for one in (*CALIBRATION, *EVALUATION) if one.share < 1.0)
+    streaming = [one for one in CALIBRATION if one.share < 1.0]
+    twins = [one for one in streaming if dataclasses.replace(one, share=1.0) in CALIBRATION]
+    assert {one.phase for one in twins} == {one.phase for one in streaming}
 
 
 def test_runs_can_be_learnt_from(done: Done, tmp_path: Path) -> None:
