@@ -18,9 +18,9 @@ from memsched.calibration.fit_links import fit_links
 from memsched.calibration.weighted import weighted_quantile
 from memsched.cost.coefficients import (
     DURATIONS_S,
-    FEW_ROWS,
     Coefficients,
     duration_class,
+    has_many_rows,
     kind_of,
     run_log_seconds,
     run_slowdown,
@@ -159,7 +159,7 @@ def _excess(runs: Sequence[RunObservation], machine: Machine) -> jax.Array:
         known = [
             one
             for one in runs
-            if (one.case, one.features) in usual_s and (one.features.rows > FEW_ROWS) is many
+            if (one.case, one.features) in usual_s and has_many_rows(one.features) is many
         ]
         shares = (_lost(known, usual_s, least) for least in reversed(PARTLY))
         lost = next((share for share in shares if share is not None), None)

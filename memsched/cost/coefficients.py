@@ -98,16 +98,21 @@ def table(
     }
     columns["dtype"] = np.array([_nearest(one.dtype, dtypes) for one in features], np.int32)
     columns["class"] = np.array([row_class(one.rows) for one in features], np.int32)
-    columns["many"] = np.array([one.rows > FEW_ROWS for one in features], np.int32)
+    columns["many"] = np.array([has_many_rows(one) for one in features], np.int32)
     columns["several"] = np.array([one.rows > 1 for one in features], np.int32)
     columns["moves"] = np.array([moves(one) for one in features], np.float64)
     columns["kind"] = np.array([known.get(kind_of(one), -1) for one in features], np.int32)
     return columns
 
 
+def has_many_rows(features: RunFeatures) -> bool:
+    """Whether arithmetic bounds a step's products, not reading its weights."""
+    return features.rows > FEW_ROWS
+
+
 def kind_of(features: RunFeatures) -> str:
     """What shares a factor: a kernel with few rows, or with many: other things bound them."""
-    return features.kind if features.rows <= FEW_ROWS else f"{features.kind}_many"
+    return f"{features.kind}_many" if has_many_rows(features) else features.kind
 
 
 def run_log_seconds(parameters: Parameters, columns: Mapping[str, Any], xp: Any) -> Any:

@@ -5,9 +5,9 @@ import math
 import numpy as np
 
 from memsched.cost.coefficients import (
-    FEW_ROWS,
     Coefficients,
     duration_class,
+    has_many_rows,
     moves,
     run_log_seconds,
     run_slowdown,
@@ -107,7 +107,7 @@ class LearnedCost:
 
     def run_slowdown(self, features: RunFeatures) -> float:
         """How many times as long such a step takes while something is copied."""
-        many = int(features.rows > FEW_ROWS)
+        many = int(has_many_rows(features))
         return float(run_slowdown(self.coefficients.run, many, moves(features), np))
 
     def copies_s(
