@@ -250,12 +250,11 @@ class Tiers:
 
     def under_way(self) -> tuple[Transfer, ...]:
         """What is still on its way."""
-        found = (transfer for tier in self.arriving.values() for transfer in tier.values())
-        return tuple(transfer for transfer in found if not transfer.done)
+        return tuple(transfer for transfer in self._transfers() if not transfer.done)
 
     def abandon(self) -> None:
         """Let everything under way end, and forget all arrays."""
-        transfers = [transfer for tier in self.arriving.values() for transfer in tier.values()]
+        transfers = self._transfers()
         for leaving in self._leaving.values():
             transfers += leaving
         for transfer in transfers:
@@ -280,6 +279,10 @@ class Tiers:
         # Arrays over it may wait for Python's collector; its pages do not.
         self._arena.release(0, self._arena.nbytes)
         self._arena.close()
+
+    def _transfers(self) -> list[Transfer]:
+        """All that were asked for and not yet taken."""
+        return [transfer for tier in self.arriving.values() for transfer in tier.values()]
 
     def _fetch(self, name: str, target: Bytes) -> Future[None]:
         """Begin to read a source."""
