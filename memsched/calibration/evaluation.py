@@ -7,7 +7,7 @@ the round before. No model can do better than that on a machine that changes its
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from memsched.calibration.trials import Measured, Trial, observations
 from memsched.cost.coefficients import stretched
@@ -58,13 +58,33 @@ class Peak:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Sample:
-    """A case in one round: predicted median and quantile, and what was measured."""
+class _Single:
+    """One duration: measured, predicted, and the predicted quantile."""
 
-    key: tuple[object, ...]
+    measured_s: float
     predicted_s: float
     high_s: float
-    seconds: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sample:
+    """A case in one round: equal steps of a trial, or equal rows of transfers.
+
+    What ran beside them belongs to each single one: predictions are made for that.
+    """
+
+    key: tuple[object, ...]
+    singles: tuple[_Single, ...]
+
+    @property
+    def measured_s(self) -> float:
+        """The median."""
+        return statistics.median(one.measured_s for one in self.singles)
+
+    @property
+    def predicted_s(self) -> float:
+        """The median."""
+        return statistics.median(one.predicted_s for one in self.singles)
 
 
 def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[Score, ...]:
@@ -76,7 +96,7 @@ def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[
         for measured in rounds[trial.name]:
             steps, transfers = _actions(trial, measured, cost, high)
             least_s = SMALL * statistics.median(measured.seconds)
-            large = [one for one in steps if statistics.median(one.seconds) >= least_s]
+            large = [one for one in steps if one.measured_s >= least_s]
             found["steps"].append(large)
             found["small steps"].append([one for one in steps if one not in large])
             found["transfers"].append(transfers)
@@ -104,47 +124,42 @@ def _actions(
     trial: Trial, measured: Measured, cost: LearnedCost, high: LearnedCost
 ) -> tuple[list[_Sample], list[_Sample]]:
     """Steps and rows of transfers of one round, those with equal features together."""
-    steps: dict[tuple[object, ...], list[RunObservation]] = {}
-    copies: dict[tuple[object, ...], list[CopyObservation]] = {}
+    steps: dict[tuple[object, ...], list[_Single]] = {}
+    copies: dict[tuple[object, ...], list[_Single]] = {}
     for one in observations(trial, measured):
         if isinstance(one, RunObservation):
-            steps.setdefault((trial.name, one.features, one.beside), []).append(one)
+            steps.setdefault((trial.name, one.features), []).extend(_steps(one, cost, high))
         else:
-            key = (trial.name, one.link, one.copies, one.nbytes, one.beside)
-            copies.setdefault(key, []).append(one)
+            key = (trial.name, one.link, one.copies, one.nbytes)
+            copies.setdefault(key, []).append(_transfer(one, cost, high))
     return (
-        [_step(key, some, cost, high) for key, some in steps.items()],
-        [_transfer(key, some, cost, high) for key, some in copies.items()],
+        [_Sample(key, tuple(some)) for key, some in steps.items()],
+        [_Sample(key, tuple(some)) for key, some in copies.items()],
     )
 
 
-def _step(
-    key: tuple[object, ...], some: list[RunObservation], cost: LearnedCost, high: LearnedCost
-) -> _Sample:
-    features = some[0].features
-    factor = stretched(some[0].beside, cost.run_slowdown(features))
-    seconds = tuple(value for one in some for value in one.seconds)
-    return _Sample(key, cost.run_s(features) * factor, high.run_s(features) * factor, seconds)
+def _steps(one: RunObservation, cost: LearnedCost, high: LearnedCost) -> Iterator[_Single]:
+    factor = stretched(one.beside, cost.run_slowdown(one.features))
+    middle_s, most_s = (model.run_s(one.features) * factor for model in (cost, high))
+    for seconds in one.seconds:
+        yield _Single(seconds, middle_s, most_s)
 
 
-def _transfer(
-    key: tuple[object, ...], some: list[CopyObservation], cost: LearnedCost, high: LearnedCost
-) -> _Sample:
-    one = some[0]
+def _transfer(one: CopyObservation, cost: LearnedCost, high: LearnedCost) -> _Single:
     factor = stretched(one.beside, cost.copy_slowdown(one.link))
-    middle, most = (
+    middle_s, most_s = (
         model.copies_s(one.link, one.copies, one.blocks, one.nbytes) for model in (cost, high)
     )
-    seconds = tuple(other.seconds for other in some)
     unknown = float("inf")
-    return _Sample(key, (middle or unknown) * factor, (most or unknown) * factor, seconds)
+    return _Single(one.seconds, (middle_s or unknown) * factor, (most_s or unknown) * factor)
 
 
 def _pass(trial: Trial, measured: Measured, cost: LearnedCost, high: LearnedCost) -> _Sample:
     predicted_s, high_s = (
         plan_seconds(trial.plan, trial.program, trial.machine, model) for model in (cost, high)
     )
-    return _Sample((trial.name,), predicted_s, high_s, measured.seconds)
+    singles = tuple(_Single(seconds, predicted_s, high_s) for seconds in measured.seconds)
+    return _Sample((trial.name,), singles)
 
 
 def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
@@ -152,9 +167,9 @@ def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
     errors, noise, covered = [], [], []
     for samples in rounds:
         for one in samples:
-            middle = statistics.median(one.seconds)
+            middle = one.measured_s
             errors.append(abs(one.predicted_s / middle - 1.0))
-            covered += [seconds <= one.high_s for seconds in one.seconds]
+            covered += [single.measured_s <= single.high_s for single in one.singles]
             if one.key in earlier:
                 noise.append(abs(earlier[one.key] / middle - 1.0))
             earlier[one.key] = middle

@@ -15,7 +15,6 @@ import numpy as np
 
 from memsched.calibration.descent import descend, pinball
 from memsched.calibration.fit_links import fit_links
-from memsched.calibration.weighted import weighted_quantile
 from memsched.cost.coefficients import (
     DURATIONS_S,
     Coefficients,
@@ -41,7 +40,7 @@ FEWEST_CASES = 2
 TO_RATES, TO_NEIGHBOURS, TO_NONE = 2e-4, 4e-3, 2e-3
 PARTLY = (0.1, 0.9)
 # Steps alone and beside copies are compared from so many of each, of so many seconds.
-FEWEST_SECONDS, SHORTEST_S = 8, 1e-3
+FEWEST_SECONDS, SHORTEST_S = 8, 5e-4
 MOST_LOST = 0.75
 LEAST_EXCESS = 0.01
 MARGIN_TO_NEIGHBOURS = 1e-2
@@ -176,12 +175,16 @@ def _lost(
     Args:
         least: the part of a step that copies overlap at least.
     """
-    some = [one for one in runs if one.beside >= least]
-    if sum(len(one.seconds) for one in some) < FEWEST_SECONDS:
+    parts: dict[tuple[str, RunFeatures], list[float]] = {}
+    for one in runs:
+        if one.beside >= least:
+            key = one.case, one.features
+            more = [(seconds - usual_s[key]) / (one.beside * seconds) for seconds in one.seconds]
+            parts.setdefault(key, []).extend(more)
+    if sum(map(len, parts.values())) < FEWEST_SECONDS:
         return None
-    beside_s = [one.beside * seconds for one in some for seconds in one.seconds]
-    more_s = [seconds - usual_s[one.case, one.features] for one in some for seconds in one.seconds]
-    lost = weighted_quantile(np.divide(more_s, beside_s), beside_s, 0.5)
+    # Each of them counts the same: they differ from one another by more than one does from itself.
+    lost = float(np.median([np.median(some) for some in parts.values()]))
     return min(max(lost, 0.0), MOST_LOST)
 
 

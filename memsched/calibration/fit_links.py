@@ -1,7 +1,8 @@
 """Coefficients of each link that was measured.
 
 Margins are quantiles of what the coefficients leave over: four numbers fitted to hundreds of
-transfers do not fit their noise.
+transfers do not fit their noise. Rows of transfers weigh as they do in the fit: small ones vary by
+a factor, and are most of what small models say.
 """
 
 import math
@@ -66,7 +67,8 @@ def _fit(
         return misfit + TO_RATES * jnp.sum((parameters - start) ** 2)
 
     found: jax.Array = jax.jit(lambda: descend(loss, start))()
-    left, shares = np.asarray(log_s - _log_seconds(found, data)), _shares(observations)
+    left = np.asarray(log_s - _log_seconds(found, data))
+    shares = _shares(observations) * np.asarray(size)
     latency_s, block_s, rate, excess = (math.exp(float(one)) for one in found)
     margins = {
         str(quantile): max(1.0, math.exp(weighted_quantile(left, shares, quantile)))

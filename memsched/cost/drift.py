@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from memsched.cost.coefficients import stretched
 from memsched.cost.learned import LearnedCost
-from memsched.cost.observations import beside, union
+from memsched.cost.observations import beside, from_disk, run_beside, union
 from memsched.cost.reading import COMPUTE, lane_of
 from memsched.cost.span import Span
 from memsched.machine import Machine
@@ -56,13 +56,19 @@ def drifts(
     computing = busy.get(COMPUTE, [])
     copies = [span for lane, some in busy.items() if lane != COMPUTE for span in some]
     copying = union([Span(0, 0.0, carried_s), *copies])
+    fetched = from_disk(plan.actions)
     high = cost.at(QUANTILE)
     found = []
     for lane, some in lanes.items():
         others = copying if lane == COMPUTE else computing
         measured = predicted = margin = 0.0
         for span, action in some:
-            factor = stretched(beside(span, others), cost.slowdown(action, program, machine))
+            match action:
+                case Run(step=name):
+                    part = run_beside(span, program.step(name), others, fetched)
+                case Copy():
+                    part = beside(span, others)
+            factor = stretched(part, cost.slowdown(action, program, machine))
             measured += span.end_s - span.start_s
             predicted += cost.seconds(action, program, machine) * factor
             margin += high.seconds(action, program, machine) * factor

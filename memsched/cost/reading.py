@@ -1,6 +1,6 @@
 """The actions of plans as tasks of numbers, for laying them out in time; each is read once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from memsched.cost.contention import READS_AT_ONCE, Contending
 from memsched.cost.roofline import CostModel
@@ -30,11 +30,22 @@ class Reader:
     def tasks(self, actions: Iterable[Action]) -> tuple[Task, ...]:
         """Actions as tasks."""
         known = self._tasks
-        return tuple(known.get(action) or self._read(action) for action in actions)
+        found = tuple(known.get(action) or self._read(action) for action in actions)
+        return found if self._contending is None else tuple(self._as_read(found))
 
     def _read(self, action: Action) -> Task:
         task = self._tasks[action] = self._task(action)
         return task
+
+    def _as_read(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """Steps whose weights come from disk are slow all along, whatever is copied meanwhile."""
+        disks = {lane for name, lane in self._lanes.items() if name.startswith(f"{NVME}->")}
+        places = {place for task in tasks if task.lane in disks for place in task.gives}
+        for task in tasks:
+            if task.lane == COMPUTE_LANE and not places.isdisjoint(task.takes):
+                yield task._replace(seconds=task.seconds * task.slowdown, slowdown=1.0)
+            else:
+                yield task
 
     def _task(self, action: Action) -> Task:
         match action:

@@ -55,6 +55,7 @@ def carry_out(loop: Loop, ops: Sequence[Op]) -> None:
     op: Op | None = None
     try:
         for op in _busy(loop, ops):
+            loop.flight.look()
             match op:
                 case RunOp():
                     _run(loop, op)

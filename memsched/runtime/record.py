@@ -19,11 +19,24 @@ class Record:
         self.start_s = self.carried_end_s = time.perf_counter()
         self._starts_s = [self.start_s] * actions
         self._ends_s = [self.start_s] * actions
+        self._unsure_s = [0.0] * actions
 
-    def busy(self, index: int, start_s: float, end_s: float, others: Sequence[int] = ()) -> None:
-        """An action's time; `others` went along with it and end with it."""
+    def busy(
+        self,
+        index: int,
+        start_s: float,
+        end_s: float,
+        *,
+        others: Sequence[int] = (),
+        unsure_s: float = 0.0,
+    ) -> None:
+        """An action's time, and how far it is not known.
+
+        `others` went along with it and end with it.
+        """
         self._starts_s[index] = start_s
         self._ends_s[index] = end_s
+        self._unsure_s[index] = unsure_s
         for other in others:
             self._starts_s[other] = self._ends_s[other] = end_s
 
@@ -35,9 +48,10 @@ class Record:
     def spans(self) -> tuple[Span, ...]:
         """All spans, counted from the start of the plan."""
         zero = self.start_s
-        pairs = zip(self._starts_s, self._ends_s, strict=True)
+        times = zip(self._starts_s, self._ends_s, self._unsure_s, strict=True)
         return tuple(
-            Span(index, start - zero, end - zero) for index, (start, end) in enumerate(pairs)
+            Span(index, start - zero, end - zero, unsure)
+            for index, (start, end, unsure) in enumerate(times)
         )
 
 

@@ -83,6 +83,7 @@ _SMALL = Shape(768, 2304, 6, 2, 12, tower=640)
 _NARROW = Shape(1024, 3072, 16, 8, 8, tower=1024)
 _MIDDLE = Shape(1536, 4096, 12, 4, 6, 32768, tower=896)
 _WIDE = Shape(2560, 9728, 32, 8, 2, 32768)
+_BROAD = Shape(3072, 8192, 24, 8, 2, 24576)
 _TESTED = Shape(2048, 6144, 16, 8, 5, 32768, tower=768, depth=5)
 _OTHER = Shape(1280, 3584, 10, 2, 8, 24576, tower=1152)
 
@@ -104,7 +105,7 @@ CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_NARROW, "decode", 512, share=0.5, split=True),
     Rehearsal(_NARROW, "decode", 512, split=True),
     Rehearsal(_MIDDLE, "prefill", tokens=256),
-    Rehearsal(_WIDE, "decode", 256, batch=2),
+    Rehearsal(_BROAD, "decode", 256, batch=2),
     Rehearsal(_SMALL, "vision", side=384),
     Rehearsal(_MIDDLE, "prefill", tokens=64, share=0.4, split=True),
     Rehearsal(_NARROW, "decode", 512, dtype="float32"),
@@ -124,6 +125,17 @@ CALIBRATION: tuple[Rehearsal, ...] = (
     Rehearsal(_MIDDLE, "prefill", tokens=256, codec="int4:32"),
     Rehearsal(_SMALL, "decode", 1024, dtype="float32", share=0.5, split=True),
     Rehearsal(_SMALL, "decode", 1024, dtype="float32", split=True),
+    Rehearsal(_MIDDLE, "decode", 512, batch=6, share=0.5, split=True),
+    Rehearsal(_MIDDLE, "decode", 512, batch=6, split=True),
+    Rehearsal(_SMALL, "prefill", tokens=320, share=0.5, split=True),
+    Rehearsal(_SMALL, "prefill", tokens=320, split=True),
+    Rehearsal(_WIDE, "prefill", tokens=96, share=0.5, split=True),
+    Rehearsal(_WIDE, "prefill", tokens=96, split=True),
+    Rehearsal(_BROAD, "decode", 1024),
+    Rehearsal(_BROAD, "decode", 1024, share=0.4, split=True),
+    Rehearsal(_BROAD, "decode", 1024, split=True),
+    Rehearsal(_NARROW, "decode", 512, codec="int4:32", share=0.5, split=True),
+    Rehearsal(_NARROW, "decode", 512, codec="int4:32", split=True),
 )
 
 EVALUATION: tuple[Rehearsal, ...] = (

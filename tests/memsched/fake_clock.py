@@ -63,6 +63,9 @@ class Thing:
     clock: Clock
     end: float
 
+    def is_ready(self) -> bool:
+        return self.clock.now >= self.end
+
     def block_until_ready(self) -> None:
         self.clock.wait(self.end)
 

@@ -21,7 +21,7 @@ SIZE = 2000  # floats of a weight: 8,000 B, two blocks of 4096
 PROGRAM = program(
     [
         array("x", "input", 1),
-        *[array(f"w{i}", "weight", SIZE) for i in range(3)],
+        *[array(f"{which}{i}", "weight", SIZE) for which in "vw" for i in range(3)],
         *[array(f"h{i}", "activation", 1) for i in range(3)],
     ],
     [
@@ -31,18 +31,26 @@ PROGRAM = program(
     ],
     ["h2"],
 )
-ACTIONS = (
-    Copy("w0", "nvme", "device"),
-    Copy("w1", "nvme", "device"),
-    Run("s0"),
-    Copy("w2", "nvme", "device"),
-    Run("s1"),
-    Free("w1", "device"),
-    Run("s2"),
-    Copy("w1", "nvme", "device"),
-)
-HOME = tuple(Residence(f"w{i}", "nvme") for i in range(3))
-PLAN = Plan(PROGRAM.digest, MACHINE.digest, HOME, ACTIONS, HOME)
+
+
+def plan_that_reads(which: str) -> Plan:
+    """Steps take "w0" to "w2"; "v0" to "v2" are what a later plan will take."""
+    first, second, third = (f"{which}{i}" for i in range(3))
+    actions = (
+        Copy(first, "nvme", "device"),
+        Copy(second, "nvme", "device"),
+        Run("s0"),
+        Copy(third, "nvme", "device"),
+        Run("s1"),
+        Free(second, "device"),
+        Run("s2"),
+        Copy(second, "nvme", "device"),
+    )
+    home = tuple(Residence(name, "nvme") for name in (first, second, third))
+    return Plan(PROGRAM.digest, MACHINE.digest, home, actions, home)
+
+
+PLAN = plan_that_reads("v")
 TIMES = [(0, 1), (1, 2), (1, 3), (4, 6), (3, 5), (5, 5), (6, 8), (8, 9)]
 SPANS = tuple(Span(index, float(a), float(b)) for index, (a, b) in enumerate(TIMES))
 
@@ -55,6 +63,28 @@ def test_equal_steps_go_together_and_apart_by_what_ran_beside_them() -> None:
     assert [(one.beside, one.seconds) for one in runs] == [(0.5, (2.0, 2.0)), (0.0, (2.0,))]
     assert {one.features.weight_bytes for one in runs} == {4 * SIZE}
     assert {one.case for one in runs} == {PROGRAM.digest}
+
+
+def test_steps_that_take_what_came_from_disk_count_as_beside_copies_all_along() -> None:
+    runs = [
+        one
+        for one in observe(plan_that_reads("w"), PROGRAM, MACHINE, SPANS)
+        if isinstance(one, RunObservation)
+    ]
+    assert [(one.beside, one.seconds) for one in runs] == [(1.0, (2.0, 2.0, 2.0))]
+
+
+def test_a_step_whose_end_nobody_saw_says_nothing() -> None:
+    def seconds(unsure_s: float) -> list[float]:
+        some = [
+            dataclasses.replace(one, unsure_s=unsure_s) if one.index == 4 else one for one in SPANS
+        ]
+        found = observe(PLAN, PROGRAM, MACHINE, some)
+        return [s for one in found if isinstance(one, RunObservation) for s in one.seconds]
+
+    # s1 takes 2 s: a tenth of it may be unknown.
+    assert seconds(0.2) == [2.0, 2.0, 2.0]
+    assert seconds(0.21) == [2.0, 2.0]
 
 
 def test_copies_that_follow_each_other_go_together() -> None:

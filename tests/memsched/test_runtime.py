@@ -169,6 +169,7 @@ def test_without_waiting_for_readers_the_numbers_would_be_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = slow_sum(layers=6)
+    monkeypatch.setattr(Flight, "look", lambda self: None)
     monkeypatch.setattr(Flight, "end", lambda self, number: None)
     monkeypatch.setattr(Flight, "end_all", lambda self: None)
     assert one_slot(slow, tmp_path) != bits_of(slow.wanted)
