@@ -167,7 +167,7 @@ def run_beside(span: Span, step: Step, copying: Sequence[Span], fetched: set[str
 
     All of it where what it reads came from disk in this pass: such weights take 1.45 times as long
     to read as those that stayed where they were, with nothing copied meanwhile; beside transfers
-    both take 1.55 times as long.
+    both take 1.5 times as long.
 
     Args:
         copying: of `union`.
