@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from memsched.cost.features import RunFeatures, copy_features, run_features
 from memsched.cost.reading import lane_of
 from memsched.cost.span import Span
-from memsched.machine import NVME, Machine
+from memsched.machine import DEVICE, NVME, Machine
 from memsched.plan import Action, Copy, Plan, Run
 from memsched.program import Program, Step
 
@@ -158,8 +158,9 @@ def _rows(found: list[tuple[Span, Copy]]) -> Iterator[list[tuple[Span, Copy]]]:
 
 
 def from_disk(actions: Iterable[Action]) -> set[str]:
-    """The arrays that a plan reads from disk."""
-    return {one.array for one in actions if isinstance(one, Copy) and one.source == NVME}
+    """The arrays that a plan reads from disk to where steps take them."""
+    copies = (one for one in actions if isinstance(one, Copy))
+    return {one.array for one in copies if (one.source, one.target) == (NVME, DEVICE)}
 
 
 def run_beside(span: Span, step: Step, copying: Sequence[Span], fetched: set[str]) -> float:

@@ -39,8 +39,8 @@ class Reader:
 
     def _as_read(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """Steps whose weights come from disk are slow all along, whatever is copied meanwhile."""
-        disks = {lane for name, lane in self._lanes.items() if name.startswith(f"{NVME}->")}
-        places = {place for task in tasks if task.lane in disks for place in task.gives}
+        disk = self._lanes.get(f"{NVME}->{DEVICE}")
+        places = {place for task in tasks if task.lane == disk for place in task.gives}
         for task in tasks:
             if task.lane == COMPUTE_LANE and not places.isdisjoint(task.takes):
                 yield task._replace(seconds=task.seconds * task.slowdown, slowdown=1.0)
