@@ -91,8 +91,7 @@ def check_options(options: argparse.Namespace) -> None:
             "greedy draws nothing, so --top-k, --top-p and --min-p mean nothing; drop them",
         ),
         (
-            options.interactive
-            and (options.dry_run or options.learn or options.report is not None),
+            options.interactive and (options.dry_run or options.learn or options.reports),
             "--dry-run, --learn and --report are for one answer; drop --interactive",
         ),
         (

@@ -115,10 +115,10 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
         from qwen3vl_jax.planned.learning import learn
 
         console.say(learn(loaded.model, options.machine).text())
-    if options.report is not None:
+    for path in options.reports:
         from qwen3vl_jax.planned.dry_run import write_report
 
-        write_report(options.report, loaded.model.plan)
+        write_report(path, loaded.model.plan)
     loaded.model.close()
     return 0
 
@@ -134,10 +134,10 @@ def _adapting(options: argparse.Namespace, model: "Qwen3VL") -> AbstractContextM
 
 def _checked_files(options: argparse.Namespace) -> "SavedPlans | None":
     """Reads --plan, and sees that --report and --save-plan can be written, before anything else."""
-    if options.report is not None:
-        from qwen3vl_jax.planned.dry_run import check_report
+    if options.reports:
+        from qwen3vl_jax.planned.dry_run import check_reports
 
-        check_report(options.report)
+        check_reports(options.reports)
     if options.learn:
         from qwen3vl_jax.planned.learning import check_learning
 
@@ -161,7 +161,7 @@ def _print_forecast(
     budgets = budget_arguments(options)
     found = dry_run_of(options.model, options.dtype, turn.inputs, settings.max_new_tokens, budgets)
     return print_dry_run(
-        found, report=options.report, save_plan=options.save_plan, as_json=options.json
+        found, reports=options.reports, save_plan=options.save_plan, as_json=options.json
     )
 
 
@@ -223,7 +223,7 @@ def _prepared(options: argparse.Namespace) -> tuple["GenerationSettings", "Chat"
 def _opened(options: argparse.Namespace) -> "Qwen3VL":
     """A model; one with plans, whatever is free, where they are given or to be reported."""
     budgets = budget_arguments(options) | {"max_context": options.max_context}
-    wanted = options.plan is not None or options.report is not None
+    wanted = options.plan is not None or bool(options.reports)
     display = Silent() if options.quiet else ProgressBar()
     if wanted or options.adapt or options.learn:
         from qwen3vl_jax.planned.loading import Budgets, load

@@ -103,9 +103,7 @@ def _check(options: argparse.Namespace) -> None:
             "MODEL is missing; name a directory or a config.json",
         ),
         (
-            compared
-            and (options.model, options.sweep, options.report, options.save_plan)
-            != (None, None, None, None),
+            compared and any((options.model, options.sweep, options.reports, options.save_plan)),
             "--compare reads two files and nothing else; drop MODEL, --sweep and files to write",
         ),
         (
@@ -168,10 +166,10 @@ def plan(options: argparse.Namespace) -> int:
     from memsched.whole_file import check_target
     from qwen3vl_jax.checkpoints.opening import described
     from qwen3vl_jax.planned.best_batch import dry_run_best_batch
-    from qwen3vl_jax.planned.dry_run import check_report, dry_run, print_dry_run
+    from qwen3vl_jax.planned.dry_run import check_reports, dry_run, print_dry_run
     from qwen3vl_jax.planned.loading import Budgets
 
-    check_report(options.report)
+    check_reports(options.reports)
     if options.save_plan is not None:
         check_target(options.save_plan)
     compiler = _compiler(options.machine) if options.aot else None
@@ -183,7 +181,7 @@ def plan(options: argparse.Namespace) -> int:
     else:
         found = dry_run(config, request, budgets, **how, compiler=compiler)
     return print_dry_run(
-        found, report=options.report, save_plan=options.save_plan, as_json=options.json
+        found, reports=options.reports, save_plan=options.save_plan, as_json=options.json
     )
 
 
@@ -236,13 +234,13 @@ def _sweep(options: argparse.Namespace) -> int:
     from qwen3vl_jax.checkpoints.opening import described
     from qwen3vl_jax.parameters import named_dtype
     from qwen3vl_jax.planned import sweep_report
-    from qwen3vl_jax.planned.dry_run import check_report, planned_machine
+    from qwen3vl_jax.planned.dry_run import check_reports, planned_machine
     from qwen3vl_jax.planned.loading import Budgets, cost_model
     from qwen3vl_jax.planned.sweep import parse_sweep, run_sweep
 
     sweep = parse_sweep(options.sweep, options.points)
-    check_report(options.report, sweep_report.FORMATS)
-    if options.report is not None and options.report.suffix == ".png":
+    check_reports(options.reports, sweep_report.FORMATS)
+    if any(path.suffix == ".png" for path in options.reports):
         sweep_report.check_png()
     config, encodings = described(options.model)
     dtype = named_dtype(options.dtype or config.dtype)
@@ -262,8 +260,8 @@ def _sweep(options: argparse.Namespace) -> int:
     )
     title = f"{config.model_type}, {dtype.name}, on {machine.name}: {sweep.axis}"
     swept = sweep_report.Swept(title, describe(cost), sweep, points)
-    if options.report is not None:
-        sweep_report.write_sweep(options.report, swept)
+    for path in options.reports:
+        sweep_report.write_sweep(path, swept)
     if options.json:
         print(json.dumps(sweep_report.sweep_dict(swept)), flush=True)
     else:

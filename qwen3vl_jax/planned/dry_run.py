@@ -162,18 +162,17 @@ def dry_run_of(
     return dry_run(config, request, limits, dtype=dtype, encodings=encodings)
 
 
-def check_report(path: Path | None, formats: Sequence[str] = FORMATS) -> None:
+def check_reports(paths: Iterable[Path], formats: Sequence[str] = FORMATS) -> None:
     """Before anything is done.
 
     Raises:
         UsageError: a file name that is of no format of ours.
         StoreError: nothing can be written there.
     """
-    if path is None:
-        return
-    if path.suffix not in formats:
-        raise UsageError(f"--report {path}: a name that ends in {', '.join(formats)} is wanted")
-    check_target(path)
+    for path in paths:
+        if path.suffix not in formats:
+            raise UsageError(f"--report {path}: a name that ends in {', '.join(formats)} is wanted")
+        check_target(path)
 
 
 def write_report(path: Path, report: PlanReport) -> None:
@@ -188,15 +187,16 @@ def write_report(path: Path, report: PlanReport) -> None:
 
 
 def print_dry_run(
-    dry: DryRun, *, report: Path | None, save_plan: Path | None, as_json: bool
+    dry: DryRun, *, reports: Iterable[Path], save_plan: Path | None, as_json: bool
 ) -> int:
     """Writes a forecast to stdout and to files.
 
     Raises:
         DoesNotFitError: there is no forecast; its JSON has been written.
     """
-    if report is not None and (dry.found is not None or report.suffix == ".json"):
-        write_whole(report, _dry_report(report, dry))
+    for report in reports:
+        if dry.found is not None or report.suffix == ".json":
+            write_whole(report, _dry_report(report, dry))
     if as_json:
         print(json.dumps(dry.data), flush=True)
     if dry.found is None:

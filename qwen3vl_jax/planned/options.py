@@ -39,9 +39,12 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--report",
+        dest="reports",
+        action="append",
+        default=[],
         type=Path,
         metavar="FILE",
-        help="write what the plan does to FILE.txt, .json, .html or .perfetto.json",
+        help="what the plan does, as FILE.txt, .json, .html or .perfetto.json; can be repeated",
     )
     add("--save-plan", type=Path, metavar="JSON", help="write the plan for generate.py --plan")
     add("--machine", type=Path, metavar="TOML", help="rates and sizes of the machine, unmeasured")
