@@ -115,10 +115,11 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
         from qwen3vl_jax.planned.learning import learn
 
         console.say(learn(loaded.model, options.machine).text())
-    for path in options.reports:
+    if options.reports:
         from qwen3vl_jax.planned.dry_run import write_report
 
-        write_report(path, loaded.model.plan)
+        for path in options.reports:
+            write_report(path, loaded.model.plan)
     loaded.model.close()
     return 0
 

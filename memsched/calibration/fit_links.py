@@ -68,10 +68,10 @@ def _fit(
 
     found: jax.Array = jax.jit(lambda: descend(loss, start))()
     left = np.asarray(log_s - _log_seconds(found, data))
-    shares = _shares(observations) * np.asarray(size)
+    weights = _shares(observations) * np.asarray(size)
     latency_s, block_s, rate, excess = (math.exp(float(one)) for one in found)
     margins = {
-        str(quantile): max(1.0, math.exp(weighted_quantile(left, shares, quantile)))
+        str(quantile): max(1.0, math.exp(weighted_quantile(left, weights, quantile)))
         for quantile in quantiles
     }
     return LinkCoefficients(link.bytes_per_s, latency_s, block_s, rate, 1.0 + excess, margins)

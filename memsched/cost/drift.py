@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from memsched.cost.coefficients import stretched
 from memsched.cost.learned import LearnedCost
-from memsched.cost.observations import beside, from_disk, run_beside, union
-from memsched.cost.reading import COMPUTE, lane_of
+from memsched.cost.observations import beside, run_beside, union
+from memsched.cost.reading import COMPUTE, from_disk, lane_of
 from memsched.cost.span import Span
 from memsched.machine import Machine
 from memsched.plan import Copy, Plan, Run

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from memsched.cost.features import RunFeatures, copy_features, run_features
-from memsched.cost.reading import lane_of
+from memsched.cost.reading import from_disk, lane_of
 from memsched.cost.span import Span
-from memsched.machine import DEVICE, NVME, Machine
-from memsched.plan import Action, Copy, Plan, Run
+from memsched.machine import Machine
+from memsched.plan import Copy, Plan, Run
 from memsched.program import Program, Step
 
 # So many durations of equal steps are kept of a pass: enough for its quantiles.
@@ -155,12 +155,6 @@ def _rows(found: list[tuple[Span, Copy]]) -> Iterator[list[tuple[Span, Copy]]]:
         end_s = max(end_s, span.end_s)
     if row:
         yield row
-
-
-def from_disk(actions: Iterable[Action]) -> set[str]:
-    """The arrays that a plan reads from disk to where steps take them."""
-    copies = (one for one in actions if isinstance(one, Copy))
-    return {one.array for one in copies if (one.source, one.target) == (NVME, DEVICE)}
 
 
 def run_beside(span: Span, step: Step, copying: Sequence[Span], fetched: set[str]) -> float:

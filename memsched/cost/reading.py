@@ -1,6 +1,6 @@
 """The actions of plans as tasks of numbers, for laying them out in time; each is read once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from memsched.cost.contention import READS_AT_ONCE, Contending
 from memsched.cost.roofline import CostModel
@@ -17,6 +17,12 @@ def lane_of(action: Copy | Run) -> str:
     return COMPUTE if isinstance(action, Run) else f"{action.source}->{action.target}"
 
 
+def from_disk(actions: Iterable[Action]) -> set[str]:
+    """The arrays that a plan reads from disk to where steps take them."""
+    copies = (one for one in actions if isinstance(one, Copy))
+    return {one.array for one in copies if (one.source, one.target) == (NVME, DEVICE)}
+
+
 class Reader:
     """Numbers places and lanes of one program on one machine, whatever plans are read."""
 
@@ -27,25 +33,27 @@ class Reader:
         self._lanes = {COMPUTE: COMPUTE_LANE}
         self._tasks: dict[Action, Task] = {}
 
-    def tasks(self, actions: Iterable[Action]) -> tuple[Task, ...]:
-        """Actions as tasks."""
+    def tasks(self, actions: Sequence[Action]) -> tuple[Task, ...]:
+        """The actions of one plan as tasks."""
         known = self._tasks
         found = tuple(known.get(action) or self._read(action) for action in actions)
-        return found if self._contending is None else tuple(self._as_read(found))
+        if self._contending is None:
+            return found
+        fetched = from_disk(actions)
+        pairs = zip(actions, found, strict=True)
+        return tuple(self._slowed(action, task, fetched) for action, task in pairs)
 
     def _read(self, action: Action) -> Task:
         task = self._tasks[action] = self._task(action)
         return task
 
-    def _as_read(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """Steps whose weights come from disk are slow all along, whatever is copied meanwhile."""
-        disk = self._lanes.get(f"{NVME}->{DEVICE}")
-        places = {place for task in tasks if task.lane == disk for place in task.gives}
-        for task in tasks:
-            if task.lane == COMPUTE_LANE and not places.isdisjoint(task.takes):
-                yield task._replace(seconds=task.seconds * task.slowdown, slowdown=1.0)
-            else:
-                yield task
+    def _slowed(self, action: Action, task: Task, fetched: set[str]) -> Task:
+        """A step that takes what came from disk is slow all along, whatever is copied meanwhile."""
+        match action:
+            case Run(step=name) if not fetched.isdisjoint(self._program.step(name).inputs):
+                return task._replace(seconds=task.seconds * task.slowdown, slowdown=1.0)
+            case _:
+                return task
 
     def _task(self, action: Action) -> Task:
         match action:

@@ -8,8 +8,9 @@ from memsched.calibration.trials import Measured, Trial
 from memsched.cost import Span
 from memsched.cost.features import RunFeatures
 from memsched.cost.learned import LearnedCost
+from memsched.cost.observations import RunObservation, observe
 from memsched.machine import Machine
-from memsched.plan import Action, Copy, Run
+from memsched.plan import Action, Copy, Plan, Residence, Run
 from memsched.program import Program
 
 PROGRAM, MACHINE = programs.chain(1), programs.tiny_machine()
@@ -85,6 +86,25 @@ def test_errors_are_those_of_each_round_and_noise_is_what_the_round_before_says(
     # 3.5 s said, 3 and 5 s measured.
     assert numbers("whole passes") == pytest.approx([(1 / 6 + 0.3) / 2, 0.3, 0.4, 0.4, 0.5])
     assert "small steps" not in found
+
+
+def test_equal_steps_are_one_case_whatever_is_copied_beside_them() -> None:
+    three = programs.chain(3)
+    rest = [Residence(name, "device") for name in ("x", "w0", "w1")]
+    home = (*rest, Residence("w2", "nvme"))
+    actions = (Run("layer0"), Copy("w2", "nvme", "device"), Run("layer1"), Run("layer2"))
+    plan = Plan(three.digest, MACHINE.digest, home, actions, home)
+    times = [(0, 2), (2, 4), (2, 5), (5, 7)]
+    spans = tuple(Span(index, float(a), float(b)) for index, (a, b) in enumerate(times))
+    # The first step ran alone, the second beside the copy for two of its three seconds.
+    runs = [one for one in observe(plan, three, MACHINE, spans) if isinstance(one, RunObservation)]
+    assert [one.beside for one in runs] == [0.0, 0.7, 1.0]
+    trial = Trial("three layers", "256", 1.0, three, {}, MACHINE, plan, {})
+    measured = Measured((spans,), (0.0,), (7.0,), {"device": 700}, None)
+    found = {one.what: one for one in scores([trial], {trial.name: [measured]}, Known())}
+    # 2.5 s said, 2, 3 and 2 s measured; 3 s at 90 %.
+    assert (found["steps"].cases, found["steps"].median) == (1, pytest.approx(0.25))
+    assert found["steps"].covered == 1.0
 
 
 def test_the_table_has_a_row_for_each_of_them(found: dict[str, Score]) -> None:
