@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,8 +16,9 @@ from memsched.program import Program
 from memsched.runtime import Executor
 from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.planned import loading, runner
+from qwen3vl_jax.planned import loading, timetable
 from qwen3vl_jax.planned.loading import Budgets
+from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.sealed import Sealed
 from qwen3vl_jax.progress import Silent
 
@@ -68,10 +70,10 @@ def planned(path: Path | str, dtype: str | None = None, **budgets: Any) -> Qwen3
     return loading.load(path, dtype=dtype, budgets=Budgets(**budgets))
 
 
-def runner_of(model: Qwen3VL) -> runner.PlannedRunner:
+def runner_of(model: Qwen3VL) -> PlannedRunner:
     """What carries out the phases of a planned model."""
     found = model._runner
-    assert isinstance(found, runner.PlannedRunner)
+    assert isinstance(found, PlannedRunner)
     return found
 
 
@@ -79,7 +81,7 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
     """Models of one configuration trace and compile a phase once: budgets change no program."""
     networks: dict[Any, Any] = {}
     traces: dict[Any, Any] = {}
-    make_network, make_trace = loading.shape_network, runner.trace_phase
+    make_network, make_trace = loading.shape_network, timetable.trace_phase
 
     def network(config: Any, *, dtype: Any, vocab_rows: int, encodings: Any) -> Any:
         key = config, dtype, vocab_rows, tuple(encodings.items())
@@ -90,16 +92,16 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
         return networks[key]
 
     def trace(phase: Any, network: Any, arrays: Any, known: Any = None) -> Any:
-        leaves = runner.jax.tree.leaves(arrays)
+        leaves = jax.tree.leaves(arrays)
         shapes = str([(type(leaf) is Sealed, leaf.shape, leaf.dtype) for leaf in leaves])
         # The function's text tells into which steps it cuts layers.
-        key = id(network), str(phase.function), shapes, runner.jax.tree.structure(arrays)
+        key = id(network), str(phase.function), shapes, jax.tree.structure(arrays)
         if key not in traces:
             traces[key] = make_trace(phase, network, arrays, known)
         return traces[key]
 
     patch.setattr(loading, "shape_network", network)
-    patch.setattr(runner, "trace_phase", trace)
+    patch.setattr(timetable, "trace_phase", trace)
 
 
 def recorded(patch: pytest.MonkeyPatch) -> list[tuple[Plan, Program]]:

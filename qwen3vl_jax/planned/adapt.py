@@ -67,7 +67,7 @@ def adapting(
         UsageError: the model has no plans, has them from a file, or adapts already.
     """
     runner = planned_runner(model)
-    runner.check_replannable()
+    runner.timetable.check_replannable()
     if runner.watcher is not None:
         raise UsageError("the model adapts already; leave the other `adapting` first")
     with Sensor(root, clock=clock) as sensor:

@@ -16,11 +16,11 @@ from memsched.report import lower_bound
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import Granularity
 from qwen3vl_jax.phases import phases
-from qwen3vl_jax.planned.forecast import works_of
 from qwen3vl_jax.planned.granularity import choose_granularity, vocab_blocks
 from qwen3vl_jax.planned.programs import trace_phase
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
+from qwen3vl_jax.planned.works import works_of
 from qwen3vl_jax.weights import Rows
 
 Result = TypeVar("Result")

@@ -163,7 +163,7 @@ class Forecaster:
         arrays = [leaf for leaf in jax.tree.leaves(beside) if isinstance(leaf, jax.Array)]
         with runner.passing:
             used_bytes = {tier.name: nbytes for tier in runner.machine.tiers}
-            used_bytes[DEVICE] += runner.cache_bytes + runner.others_bytes
+            used_bytes[DEVICE] += runner.timetable.cache_bytes + runner.timetable.others_bytes
             used_bytes[DEVICE] += sum(array.nbytes for array in arrays)
             if any(used_bytes[t.name] > t.capacity_bytes for t in runner.machine.tiers[:-1]):
                 return False
@@ -177,7 +177,7 @@ class Forecaster:
         """As finely cut as the runner's own."""
         runner, config = self._model.runner, self._model.config
         if isinstance(runner, PlannedRunner):
-            return (runner.long_phases if blocks else runner.phases)[name]
+            return runner.timetable.known_phases(blocks=blocks)[name]
         return (long_phases(config) if blocks else phases(config))[name]
 
     def _seconds(self, phase: Phase, arrays: Any) -> float:

@@ -16,11 +16,11 @@ from qwen3vl_jax.checkpoints.encodings import as_encoded, encodings_of, everywhe
 from qwen3vl_jax.config import Config, TextConfig, VisionConfig, load_config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS
 from qwen3vl_jax.phases import phases
-from qwen3vl_jax.planned.forecast import Work, works_of
 from qwen3vl_jax.planned.granularity import finest, vocab_rows
 from qwen3vl_jax.planned.programs import trace_phase
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
+from qwen3vl_jax.planned.works import Work, works_of
 
 FAMILY = Path(__file__).resolve().parents[2] / "configs/models/qwen3-vl-2b-instruct.json"
 HEAD_DIM = 128

@@ -20,8 +20,9 @@ from qwen3vl_jax.planned.forecast import Forecast, forecast, with_codecs
 from qwen3vl_jax.planned.forecast_data import forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
-from qwen3vl_jax.planned.runner import Planned, PlannedRunner
+from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.tally import Tally
+from qwen3vl_jax.planned.turns import Planned
 from qwen3vl_jax.prompt_cache import PromptCache
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from memsched.plan_json import to_json
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.planned.forecast import Forecast, works_of
+from qwen3vl_jax.planned.forecast import Forecast
 from qwen3vl_jax.planned.forecast_data import forecast_dict, request_text
 from qwen3vl_jax.planned.loading import planned_runner
 from qwen3vl_jax.planned.request import request_of
 from qwen3vl_jax.planned.saved import FORMAT, VERSION, SavedPlans, shapes_of
+from qwen3vl_jax.planned.works import works_of
 
 
 def adopt(model: Qwen3VL, saved: SavedPlans, inputs: Mapping[str, Any], new_tokens: int) -> None:

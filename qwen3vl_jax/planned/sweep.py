@@ -16,9 +16,10 @@ from memsched.sizes import parse_size
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.planned.forecast import Forecast, Tracer, forecast, traced_request
+from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.forecast_data import first_token_seconds, tokens_per_s
 from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.works import Tracer, traced_request
 
 TIERS = {"device-memory": DEVICE, "host-memory": HOST}
 # What is swept, and its unit.

@@ -23,11 +23,12 @@ from memsched.tracing.function import Kernels
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.network import abstract_network
-from qwen3vl_jax.planned.forecast import Forecast, forecast, traced_request, works_of
+from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.forecast_data import forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
+from qwen3vl_jax.planned.works import traced_request, works_of
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "configs" / "models"

@@ -17,7 +17,6 @@ from memsched.report import summarize
 from qwen3vl_jax import weights
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
-from qwen3vl_jax.planned.forecast import traced_request
 from qwen3vl_jax.planned.granularity import (
     WORKING_BYTES,
     choose_granularity,
@@ -26,6 +25,7 @@ from qwen3vl_jax.planned.granularity import (
     vocab_rows,
 )
 from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.works import traced_request
 
 ROOT = Path(__file__).parents[2]
 FLOAT32, BFLOAT16 = np.dtype("float32"), np.dtype("bfloat16")

@@ -62,7 +62,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             used = nbytes + sum(rounded(size, tier.alignment_bytes) for size in sizes)
             if tier.name == DEVICE:
                 arrays = [a for a in jax.tree.leaves(beside) if isinstance(a, jax.Array)]
-                used += runner.cache_bytes + sum(array.nbytes for array in arrays)
+                used += runner.timetable.cache_bytes + sum(array.nbytes for array in arrays)
             assert used <= tier.capacity_bytes
         return room
 
