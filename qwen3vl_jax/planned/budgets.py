@@ -20,12 +20,16 @@ MORE = 1.02
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Smallest:
-    """The least of each tier: enough for every phase by count. `checked` proves it."""
+    """The least of each tier: enough for every phase by count. `checked` proves it.
+
+    `plan_seconds` is as for `compile_phases`.
+    """
 
     nbytes: Mapping[str, int]
     programs: Mapping[str, Program]
     machine: Machine
     cost: CostModel
+    plan_seconds: float | None
 
     def checked(self) -> dict[str, int]:
         """The least, more where there is no plan with it: with tiers that have less raised to this,
@@ -38,8 +42,9 @@ class Smallest:
         given = {tier.name: tier.capacity_bytes for tier in self.machine.tiers}
         for _ in range(MOST_TRIES):
             raised = {name: max(nbytes, given[name]) for name, nbytes in least.items()}
+            machine = self.machine.with_capacities(raised)
             try:
-                compile_phases(self.programs, self.machine.with_capacities(raised), self.cost)
+                compile_phases(self.programs, machine, self.cost, plan_seconds=self.plan_seconds)
             except DoesNotFitError as error:
                 for name, nbytes in (error.smallest or raised).items():
                     least[name] = max(nbytes, int(raised[name] * MORE))
@@ -49,7 +54,10 @@ class Smallest:
 
 
 def smallest_budgets(
-    programs: Mapping[str, Program], machine: Machine, cost: CostModel
+    programs: Mapping[str, Program],
+    machine: Machine,
+    cost: CostModel,
+    plan_seconds: float | None = None,
 ) -> Smallest:
     """What each tier needs at least for all of some phases.
 
@@ -64,4 +72,4 @@ def smallest_budgets(
         for name, nbytes in smallest_bytes(needs, value_budgets(needs)).items():
             least[name] = max(nbytes, least.get(name, 0))
     ordered = {tier.name: least[tier.name] for tier in machine.tiers}
-    return Smallest(ordered, programs, machine, cost)
+    return Smallest(ordered, programs, machine, cost, plan_seconds)

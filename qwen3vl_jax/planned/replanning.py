@@ -80,19 +80,25 @@ def staying_beside(
 
 
 def refusal(
-    programs: Mapping[str, Program], machine: Machine, cost: CostModel, before: Machine
+    programs: Mapping[str, Program],
+    machine: Machine,
+    cost: CostModel,
+    before: Machine,
+    plan_seconds: float,
 ) -> DoesNotFitError:
     """Why budgets cannot work, with the least that would.
 
     Args:
         machine: with the budgets that were asked for.
         before: with those in force, which work.
+        plan_seconds: as for `compile_phases`. What is tried here, too, is planned as runs plan: the
+            memory that more thorough planning takes is not there.
     """
-    least = smallest_budgets(programs, machine, cost).checked()
+    least = smallest_budgets(programs, machine, cost, plan_seconds).checked()
     small = _above(least, machine)
     if NVME in small:
         # The space on disk stays as it is, so more of the others is needed.
-        small = _above(_bisected(programs, machine, cost, before), machine)
+        small = _above(_bisected(programs, machine, cost, before, plan_seconds), machine)
     asked = " and ".join(f"{machine.tier(name).capacity_bytes:,} B of {name}" for name in small)
     enough = " and ".join(f"{nbytes:,} B" for nbytes in small.values())
     kept = " and ".join(f"{before.tier(name).capacity_bytes:,} B" for name in small)
@@ -110,7 +116,11 @@ def _above(least: Mapping[str, int], machine: Machine) -> dict[str, int]:
 
 
 def _bisected(
-    programs: Mapping[str, Program], machine: Machine, cost: CostModel, before: Machine
+    programs: Mapping[str, Program],
+    machine: Machine,
+    cost: CostModel,
+    before: Machine,
+    plan_seconds: float,
 ) -> dict[str, int]:
     """Budgets that work, as near to those asked for as some tries come, from those in force."""
     low = {tier.name: tier.capacity_bytes for tier in machine.tiers}
@@ -118,7 +128,9 @@ def _bisected(
     for _ in range(TRIES):
         middle = {name: (low[name] + high[name]) // 2 for name in low}
         try:
-            compile_phases(programs, machine.with_capacities(middle), cost)
+            compile_phases(
+                programs, machine.with_capacities(middle), cost, plan_seconds=plan_seconds
+            )
         except DoesNotFitError:
             low = middle
         else:

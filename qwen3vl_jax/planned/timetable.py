@@ -153,7 +153,8 @@ class Timetable:
                 return Turns(machine, chosen, self._together(chosen, machine))
             except DoesNotFitError:
                 continue
-        raise refusal(programs_of(in_order(needed)), machine, self._cost, self.machine) from None
+        programs, most_s = programs_of(in_order(needed)), self._plan_seconds
+        raise refusal(programs, machine, self._cost, self.machine, most_s) from None
 
     def take(self, turns: Turns) -> None:
         """These are in force from now on."""

@@ -6,6 +6,7 @@ decodes some tokens and prints how many it has, until the input ends. Prints one
 each part.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -19,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import planned_models as helper
 
+from memsched.errors import DoesNotFitError
 from memsched.stores.heap import give_back
 from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.planned.adapt import INTERVAL_S, adapting
 
 PROMPT = {"input_ids": np.array([[5, 6, 7, 8]])}
 MOST_TOKENS = 900
+FAR_TOO_LOW_BYTES = 1_000_000
 SETTLING = 5
 TOKENS_A_LINE = 8
 TOKEN_S = 2 * INTERVAL_S  # by the clock that it adapts by: a look before every token
@@ -53,17 +56,22 @@ def resident_bytes() -> int:
 
 
 def by_call(model: Qwen3VL, decoding: Decoding, low: int, high: int) -> dict[str, Any]:
-    """What is resident with everything, right after a lower budget, later, and raised again."""
+    """What is resident with everything, right after a lower budget, later, and raised again.
+
+    In between a budget is refused.
+    """
     decoding.tokens(SETTLING)
     found = [resident_bytes()]
     model.set_memory(device_memory=low)
     found.append(resident_bytes())
+    with contextlib.suppress(DoesNotFitError):
+        model.set_memory(device_memory=FAR_TOO_LOW_BYTES)
     decoding.tokens(SETTLING)
     found.append(resident_bytes())
     model.set_memory(device_memory=high)
     decoding.tokens(SETTLING)
     found.append(resident_bytes())
-    return {"resident_bytes": found}
+    return {"resident_bytes": found, "optimisers": sorted({"scipy"} & set(sys.modules))}
 
 
 def by_pressure(model: Qwen3VL, decoding: Decoding) -> dict[str, Any]:

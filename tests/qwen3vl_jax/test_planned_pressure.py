@@ -41,6 +41,7 @@ class Ran:
     """What the child found, and the limit of its group at the end; None without one."""
 
     resident_bytes: list[int]
+    optimisers: list[str]
     told: list[int]
     budgets: list[int]
     lowered_bytes: int | None
@@ -115,6 +116,10 @@ def test_a_lower_budget_gives_pages_back_before_the_call_returns(ran: Ran) -> No
     assert everything - at_once >= GIVEN_BYTES
     assert everything - later >= GIVEN_BYTES - BUFFERS_BYTES
     assert again - later >= GIVEN_BYTES - BUFFERS_BYTES, "it did not come back"
+
+
+def test_planning_while_memory_is_short_loads_no_optimiser(ran: Ran) -> None:
+    assert ran.optimisers == [], "36 MB more, in a budget that was just lowered"
 
 
 def test_a_model_in_a_group_whose_limit_is_lowered_is_not_killed(ran: Ran) -> None:
