@@ -58,7 +58,6 @@ def run_features(step: Step, program: Program) -> RunFeatures:
     specs = [program.arrays[name] for name in (*step.inputs, *step.writes)]
     weights = [spec for spec in specs if spec.kind == "weight"]
     values = [spec for spec in specs if spec.kind not in _CARRIED]
-    # Weights that are planned in groups are bytes; caches and values then say the dtype.
     dtype = _dtype(weights) or _dtype(specs[: len(step.inputs)]) or _dtype(specs) or "float32"
     itemsize = np.dtype(dtype).itemsize
     held_bytes = sum(spec.nbytes for spec in weights)

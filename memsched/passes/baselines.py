@@ -5,12 +5,12 @@ import functools
 from collections.abc import Callable
 
 from memsched.cost import CostModel, Remembered, Roofline
-from memsched.cost import plan_seconds as seconds_of
 from memsched.machine import Machine
 from memsched.passes.budgets import fastest, host_room
 from memsched.passes.caching import CACHES, MOST_WEIGHTS, caching_plan
 from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
+from memsched.passes.judge import Judge, is_needed
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.recipes import read_room
@@ -37,6 +37,7 @@ def baselines(
     machine: Machine,
     cost: CostModel | None = None,
     *,
+    predicted_by: CostModel | None = None,
     plan_seconds: float | None = None,
 ) -> dict[str, Baseline]:
     """What plain ways take, by name.
@@ -46,14 +47,17 @@ def baselines(
     needs a weight, while nothing is computed; with "+ prefetch" it fetches during the step before.
 
     A plan of `compile_plan`, or for the last phase of `compile_phases`, is never slower than any of
-    them, if all have as many `plan_seconds` and the same cost.
+    them, if all have as many `plan_seconds` and the same `cost` and `predicted_by`.
 
     Raises:
         DoesNotFitError: the program does not fit in any way.
     """
     grouped = group_weights({"": program}, machine)
     coarse_cost = Remembered(grouped.cost(cost or Roofline()))
-    needs = read_needs(grouped.programs[""], machine, coarse_cost)
+    judge = None
+    if predicted_by is not None and is_needed(predicted_by, machine):
+        judge = Judge(grouped, program, machine, predicted_by)
+    needs = read_needs(grouped.programs[""], machine, coarse_cost, judge)
     found = _baselines(needs, effort_of(plan_seconds))
     return {
         name: Baseline(
@@ -67,13 +71,13 @@ def _baselines(needs: Needs, effort: Effort) -> dict[str, tuple[float, Plan | No
     """Seconds and plans of ways to run grouped weights."""
     best = fastest(needs, repeat=True, effort=effort.share(0.0))
     if len(best.layout.device.pinned) == len(needs.weights):
-        return {"resident": (best.seconds, best.plan)}
+        return {"resident": (needs.seconds(best.plan), best.plan)}
     device_bytes = needs.device_capacity_bytes - best.values.device_bytes
     room = read_room(needs, device_bytes, host_room(needs, best.values), repeat=True)
     found: dict[str, tuple[float, Plan | None]] = {}
     tail = tail_spill(needs, best.values, room, effort)
     if tail is not None:
-        found["tail spill"] = tail.seconds, tail.plan
+        found["tail spill"] = needs.seconds(tail.plan), tail.plan
     for name in CACHES:
         found |= _cache(needs, best, name)
     return found
@@ -83,22 +87,19 @@ def _cache(needs: Needs, best: Found, name: str) -> dict[str, tuple[float, Plan 
     """A cache, without and with prefetch. One plan serves both: its copies do not wait."""
     packed = len(needs.weights) <= MOST_WEIGHTS or not needs.machine.device_is_host
     made = _timed(needs, best, name, packed=packed)
-    if made is not None and not packed and made[1] < best.seconds:
+    if made is not None and not packed and made[1] < needs.seconds(best.plan):
         # It would be chosen, so it must work.
         packed = True
         made = _timed(needs, best, name, packed=True)
     if made is None:
         return {}
     plan, together_s = made
-    one_by_one_s = sum(
-        needs.cost.seconds(action, needs.program, needs.machine) for action in plan.actions
-    )
     kept = plan if packed else None
-    return {name: (one_by_one_s, kept), f"{name} + prefetch": (together_s, kept)}
+    return {name: (needs.one_by_one_s(plan), kept), f"{name} + prefetch": (together_s, kept)}
 
 
 def _timed(needs: Needs, best: Found, name: str, *, packed: bool) -> tuple[Plan, float] | None:
     plan = caching_plan(needs, best, POLICIES[name], repeat=True, packed=packed)
     if plan is None:
         return None
-    return plan, seconds_of(plan, needs.program, needs.machine, needs.cost)
+    return plan, needs.seconds(plan)

@@ -23,6 +23,7 @@ from memsched.passes.search import (
     least_seconds,
     resident_layout,
     search,
+    tail_spill,
 )
 from memsched.passes.starts import starts
 from memsched.passes.tune import tuned
@@ -74,7 +75,18 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
             best = found
     if best is None:
         raise _refusal(needs, smallest_bytes(needs, budgets))
-    return _improved(needs, best, repeat=repeat, effort=effort)
+    best = _improved(needs, best, repeat=repeat, effort=effort)
+    return best if needs.judge is None else _or_plain(needs, best, repeat=repeat, effort=effort)
+
+
+def _or_plain(needs: Needs, best: Found, *, repeat: bool, effort: Effort) -> Found:
+    """The plain way in its place, if it is faster by who predicts plans in the end."""
+    room = needs.device_capacity_bytes - best.values.device_bytes
+    weights_room = read_room(needs, room, host_room(needs, best.values), repeat=repeat)
+    plain = tail_spill(needs, best.values, weights_room, effort)
+    if plain is None or needs.seconds(plain.plan) >= needs.seconds(best.plan):
+        return best
+    return plain
 
 
 def _improved(needs: Needs, best: Found, *, repeat: bool, effort: Effort) -> Found:

@@ -1,5 +1,6 @@
 """A program and a machine make a plan."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from memsched.passes.budgets import fastest
 from memsched.passes.caching import better_cached
 from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
+from memsched.passes.judge import Judge, is_needed
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.phases import plan_phases
 from memsched.passes.remat import rematerialised
@@ -64,6 +66,7 @@ def compile_phases(
     cost: CostModel | None = None,
     level: str = "minimal",
     *,
+    predicted_by: CostModel | None = None,
     plan_seconds: float | None = None,
 ) -> Mapping[str, Plan]:
     """Plans of phases that follow each other and share weights by name.
@@ -77,6 +80,8 @@ def compile_phases(
         machine: where, and within which budgets.
         cost: how long actions take; the machine's rates by default.
         level: how far values may be changed. "minimal": not at all.
+        predicted_by: what plans are predicted with in the end; `cost` by default. The plan of the
+            last phase is compared with plain ways by it.
         plan_seconds: as for `compile_plan`, for the last phase; others take little beside it.
 
     Raises:
@@ -91,6 +96,10 @@ def compile_phases(
         key: read_needs(program, machine, Remembered(cost))
         for key, program in grouped.programs.items()
     }
+    if predicted_by is not None and needs and is_needed(predicted_by, machine):
+        last = list(programs)[-1]
+        judge = Judge(grouped, programs[last], machine, predicted_by)
+        needs[last] = dataclasses.replace(needs[last], judge=judge)
     plans = plan_phases(needs, effort)
     return {key: grouped.expanded(plan, programs[key]) for key, plan in plans.items()}
 

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from memsched.cost import CostModel
+from memsched.cost import CostModel, plan_seconds
 from memsched.errors import ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Machine, rounded
-from memsched.plan import Action, Copy, Residence, Run
+from memsched.passes.judge import Judge
+from memsched.plan import Action, Copy, Plan, Residence, Run
 from memsched.program import Program
 
 
@@ -16,7 +17,8 @@ class Needs:
     """A program on a machine.
 
     `device_bytes`, `host_bytes` and `nvme_bytes` are what each array takes there, `uses` the steps
-    that read or update it, in order. `weights` are those that a step reads, in order of first use,
+    that read or update it, in order. `judge` is who predicts plans in the end, if it is not `cost`,
+    by which they are made. `weights` are those that a step reads, in order of first use,
     `all_weights` all of them. `step_s` and `step_weights` go step by step.
     """
 
@@ -33,6 +35,19 @@ class Needs:
     staging_s: Mapping[str, float]
     step_s: tuple[float, ...]
     step_weights: tuple[tuple[str, ...], ...]
+    judge: Judge | None = None
+
+    def seconds(self, plan: Plan) -> float:
+        """One round of a plan, as it is predicted in the end."""
+        if self.judge is not None:
+            return self.judge.seconds(plan)
+        return plan_seconds(plan, self.program, self.machine, self.cost)
+
+    def one_by_one_s(self, plan: Plan) -> float:
+        """All actions of a plan, one after another, as they are predicted in the end."""
+        if self.judge is not None:
+            return self.judge.one_by_one_s(plan)
+        return sum(self.cost.seconds(one, self.program, self.machine) for one in plan.actions)
 
     @property
     def device_capacity_bytes(self) -> int:
@@ -79,7 +94,9 @@ class Needs:
         return sum(self.device_bytes[name] for name in names)
 
 
-def read_needs(program: Program, machine: Machine, cost: CostModel) -> Needs:
+def read_needs(
+    program: Program, machine: Machine, cost: CostModel, judge: Judge | None = None
+) -> Needs:
     """Reads a program.
 
     Raises:
@@ -120,6 +137,7 @@ def read_needs(program: Program, machine: Machine, cost: CostModel) -> Needs:
         staging_s={name: seconds(Copy(name, NVME, HOST)) for name in weights if source == HOST},
         step_s=tuple(seconds(Run(step.name)) for step in program.steps),
         step_weights=tuple(step_weights),
+        judge=judge,
     )
     _check_sizes(needs)
     return needs

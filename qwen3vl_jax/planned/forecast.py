@@ -15,6 +15,7 @@ from memsched.aot import Compiler
 from memsched.collector import uncollected
 from memsched.cost import CostModel, Roofline
 from memsched.cost import plan_seconds as seconds_of
+from memsched.cost.contention import BesideCopies
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, NVME, Machine
 from memsched.passes.baselines import baselines
@@ -32,7 +33,6 @@ from qwen3vl_jax.planned.granularity import choose_granularity, finest, vocab_bl
 from qwen3vl_jax.planned.long_requests import with_blocks
 from qwen3vl_jax.planned.programs import Traced
 from qwen3vl_jax.planned.request import Request
-from qwen3vl_jax.planned.while_reading import WhileReading
 from qwen3vl_jax.planned.works import Tracer, Work, traced_request, works_of
 
 # The way that is not among the predicted ones where it does not fit.
@@ -128,7 +128,13 @@ def forecast(
     fine = {name: one.program for name, one in tracer(finest(config), rows).items()}
     smallest = smallest_budgets(fine, machine, cost)
     try:
-        plans = compile_phases(programs, machine, WhileReading(cost), plan_seconds=plan_seconds)
+        plans = compile_phases(
+            programs,
+            machine,
+            BesideCopies(cost),
+            predicted_by=cost,
+            plan_seconds=plan_seconds,
+        )
     except DoesNotFitError:
         in_blocks = with_blocks(request, config, dtype, machine)
         if in_blocks is not None:
@@ -206,7 +212,13 @@ def _others(
     traced: Traced, machine: Machine, cost: CostModel, plan_seconds: float | None
 ) -> dict[str, float | None]:
     """Seconds of plainer ways; None where all would have to stay, and cannot."""
-    found = baselines(traced.program, machine, cost, plan_seconds=plan_seconds)
+    found = baselines(
+        traced.program,
+        machine,
+        BesideCopies(cost),
+        predicted_by=cost,
+        plan_seconds=plan_seconds,
+    )
     return {RESIDENT: None, **{name: way.seconds for name, way in found.items()}}
 
 

@@ -1,9 +1,10 @@
 """How finely a model is cut into steps for a machine. The choice changes no bit of an answer.
 
-Where everything fits, layers stay whole: that takes the fewest calls. Where weights are streamed, a
-plan must have room for all that one step reads, and what that takes cannot keep anything; so a step
-then reads one matrix of an MLP, or some experts. Nothing is finer than attention, which is one step
-and as large as such a matrix: smaller steps beside it would free no memory.
+Where all that a token reads fits, layers stay whole: that takes the fewest calls. Where that is
+streamed, a plan must have room for all that one step reads, and what that takes cannot keep
+anything; so a step then reads one matrix of an MLP, or some experts. Nothing is finer than
+attention, which is one step and as large as such a matrix: smaller steps beside it would free no
+memory.
 """
 
 import math
@@ -14,7 +15,7 @@ from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings, restin
 from qwen3vl_jax.checkpoints.manifest import chunk_rows
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
-from qwen3vl_jax.weights import Rows, arrays
+from qwen3vl_jax.weights import Entry, Rows, arrays
 
 # Caches, and what steps need beside them, of an ordinary prompt.
 WORKING_BYTES = 512 << 20
@@ -31,13 +32,13 @@ def choose_granularity(
     device_bytes: int,
     encodings: Encodings = NOTHING_ENCODED,
 ) -> Granularity:
-    """Whole layers if all weights fit beside an ordinary prompt's caches, else the finest steps.
+    """Whole layers if all that a token reads fits beside an ordinary prompt's caches, else the
+    finest steps.
 
     Args:
         device_bytes: the budget of the device.
     """
-    weight_bytes = resting_bytes(arrays(config), encodings, dtype)
-    fits = weight_bytes + WORKING_BYTES <= device_bytes
+    fits = resting_bytes(_read(config), encodings, dtype) + WORKING_BYTES <= device_bytes
     return WHOLE_LAYERS if fits else finest(config)
 
 
@@ -97,12 +98,16 @@ def vocab_blocks(
 
 def _nearly_fits(config: Config, dtype: np.dtype, device_bytes: int, encodings: Encodings) -> bool:
     """Whether a token reads as much as fits, give or take all matrices of keys and values."""
-    # No pictures, and of the embedding table only rows.
-    tables = () if config.tie_word_embeddings else ("language_model.embed_tokens.",)
-    read = [one for one in arrays(config) if not one.path.startswith(("visual.", *tables))]
+    read = _read(config)
     smallest = [one for one in read if one.path.endswith((".k_proj.weight", ".v_proj.weight"))]
     lacking = resting_bytes(read, encodings, dtype) - device_bytes
     return abs(lacking) <= resting_bytes(smallest, encodings, dtype)
+
+
+def _read(config: Config) -> list[Entry]:
+    """The weights of a token: not those of pictures, and of the embedding table only rows."""
+    tables = () if config.tie_word_embeddings else ("language_model.embed_tokens.",)
+    return [one for one in arrays(config) if not one.path.startswith(("visual.", *tables))]
 
 
 def _mixed(count: int, rows: int, few: int, fine: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from memsched.cost import CostModel
+from memsched.cost.contention import BesideCopies
 from memsched.errors import DoesNotFitError
 from memsched.machine import NVME, Machine
 from memsched.passes.bridge import bridge
@@ -26,7 +27,6 @@ from qwen3vl_jax.planned.saved import SavedPlans
 from qwen3vl_jax.planned.sealed import Sealed
 from qwen3vl_jax.planned.shapes import CacheShapes, scores_shapes
 from qwen3vl_jax.planned.turns import Key, Planned, in_order, key_of, programs_of
-from qwen3vl_jax.planned.while_reading import WhileReading
 
 MOST_TRACED = 64
 MOST_ALIKE = 2  # shapes of a phase that are planned together: whole chunks of a prompt, the rest
@@ -65,7 +65,7 @@ class Timetable:
         self.others_bytes = 0  # and caches that wait for their next turn
         self.adopted: SavedPlans | None = None
         self._network, self._config = network, config
-        self._cost, self._plan_seconds = WhileReading(cost), plan_seconds
+        self._cost, self._plan_seconds = cost, plan_seconds
         self._known = Known()
         self._bridges: dict[tuple[Any, ...], tuple[Program, Plan]] = {}
         self._cut(granularity)
@@ -154,7 +154,8 @@ class Timetable:
             except DoesNotFitError:
                 continue
         programs, most_s = programs_of(in_order(needed)), self._plan_seconds
-        raise refusal(programs, machine, self._cost, self.machine, most_s) from None
+        cost = BesideCopies(self._cost)
+        raise refusal(programs, machine, cost, self.machine, most_s) from None
 
     def take(self, turns: Turns) -> None:
         """These are in force from now on."""
@@ -220,6 +221,12 @@ class Timetable:
         programs = programs_of(ordered)
         if not programs:
             return {}
-        plans = compile_phases(programs, machine, self._cost, plan_seconds=self._plan_seconds)
+        plans = compile_phases(
+            programs,
+            machine,
+            BesideCopies(self._cost),
+            predicted_by=self._cost,
+            plan_seconds=self._plan_seconds,
+        )
         named = zip(programs, ordered.items(), strict=True)
         return {key: Planned(traced, plans[name]) for name, (key, traced) in named}

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from memsched.cost import Roofline
+from memsched.cost.features import run_features
 from memsched.machine import Compute, Link, Machine, Tier
 from memsched.passes.baselines import baselines
 from memsched.passes.compile import compile_phases, compile_plan
@@ -104,6 +106,18 @@ def test_a_group_takes_the_time_of_its_members() -> None:
     group, names = next(iter(grouped.members.items()))
     seconds = cost.seconds(Copy(group, "nvme", "device"), grouped.programs[""], here)
     assert seconds == pytest.approx(len(names) * (1e-5 + EXPERT_BYTES / 1e6))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "uint8"])
+def test_a_step_computes_the_same_with_groups(dtype: str) -> None:
+    whole, count = program(), 512 // np.dtype(dtype).itemsize
+    weights = {name: ArraySpec(name, (count,), dtype, "weight") for name in whole.of_kind("weight")}
+    steps = tuple(dataclasses.replace(step, flops=1 << 20) for step in whole.steps)
+    whole = dataclasses.replace(whole, arrays={**whole.arrays, **weights}, steps=steps)
+    coarse = group_weights({"": whole}, machine(WHOLE, tiers=2)).programs[""]
+    assert len(coarse.arrays) < len(whole.arrays)
+    for before, after in zip(whole.steps, coarse.steps, strict=True):
+        assert run_features(after, coarse) == run_features(before, whole)
 
 
 def test_plain_ways_are_predicted_of_groups_too() -> None:

@@ -7,13 +7,14 @@ import pytest
 from decoders import computer, decoder, tower
 from programs import TINY, random_program, tiny_machine
 
-from memsched.cost import Roofline, plan_seconds
+from memsched.cost import CostModel, Roofline, plan_seconds
+from memsched.cost.contention import BesideCopies
 from memsched.errors import DoesNotFitError, ProgramError
 from memsched.machine import HOST, NVME, Machine
 from memsched.passes.baselines import baselines
 from memsched.passes.compile import compile_phases, compile_plan
 from memsched.passes.effort import Effort, effort_of
-from memsched.plan import Plan
+from memsched.plan import Action, Plan, Run
 from memsched.program import Program
 from memsched.referee import verify
 
@@ -108,3 +109,55 @@ def test_effort_is_a_share_of_the_usual_one() -> None:
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ProgramError, match="0 seconds or more"):
             compile_plan(TINY["decode"](), tiny_machine(device=2000), plan_seconds=wrong)
+
+
+class Slowing(Roofline):
+    """Steps take twice as long beside copies, copies 1.2 times as long beside steps."""
+
+    def slowdown(self, action: Action, program: Program, machine: Machine) -> float:
+        return 2.0 if isinstance(action, Run) else 1.2
+
+
+def judged(machine: Machine, made: Program, cost: CostModel) -> tuple[float, dict[str, float]]:
+    """Seconds of the plan and of plain ways by a cost model that planning takes for simpler."""
+    seen = BesideCopies(cost)
+    plan = compile_phases({"": made}, machine, seen, predicted_by=cost)[""]
+    verify(plan, made, machine)
+    ways = baselines(made, machine, seen, predicted_by=cost)
+    for way in ways.values():
+        if way.plan is not None:
+            assert way.seconds >= plan_seconds(way.plan, made, machine, cost) * (1 - 1e-9)
+    seconds = {name: way.seconds for name, way in ways.items()}
+    return plan_seconds(plan, made, machine, cost), seconds
+
+
+def fast_disk(share: float) -> Machine:
+    """Memory for so much of the weights, and a disk that is busy for a part of a round only."""
+    whole = sum(DECODER.arrays[name].nbytes for name in DECODER.of_kind("weight"))
+    machine = laptop(int(share * whole), None)
+    links = tuple(dataclasses.replace(link, bytes_per_s=8e9) for link in machine.links)
+    return dataclasses.replace(machine, links=links)
+
+
+@pytest.mark.parametrize("share", [0.85, 0.99])
+def test_plans_that_planning_takes_for_alike_are_told_apart(share: float) -> None:
+    machine, cost = fast_disk(share), Slowing()
+    took_s, ways = judged(machine, DECODER, cost)
+    assert took_s <= min(ways.values()) * (1 + 1e-9)
+    by_planning = compile_phases({"": DECODER}, machine, BesideCopies(cost))[""]
+    assert took_s < 0.9 * plan_seconds(by_planning, DECODER, machine, cost)
+
+
+@pytest.mark.parametrize("cost", [Slowing(), Roofline()], ids=["slowing", "rates"])
+@pytest.mark.parametrize("seed", range(10))
+def test_no_plain_way_is_faster_for_random_programs_where_steps_are_slowed(
+    seed: int, cost: CostModel
+) -> None:
+    rng = np.random.default_rng(seed)
+    made = random_program(rng, steps=int(rng.integers(2, 10)), weights=int(rng.integers(3, 9)))
+    machine = tiny_machine(device=int(rng.integers(900, 2500)))
+    try:
+        took_s, ways = judged(machine, made, cost)
+    except DoesNotFitError as error:
+        took_s, ways = judged(machine.with_capacities(error.smallest), made, cost)
+    assert took_s <= min(ways.values()) * (1 + 1e-9)
