@@ -156,7 +156,11 @@ def _check_sizes(needs: Needs) -> None:
             unread = array.kind == "weight" and not needs.uses[name]
             on_the_way = tier.name == DEVICE or array.kind == "weight"
             if on_the_way and not unread and array.nbytes > tier.max_array_bytes:
+                # What is no weight grows with what is asked.
+                smaller = "split it into row blocks"
+                if array.kind != "weight":
+                    smaller = "lower the batch (--batch) or the context"
                 raise ProgramError(
                     f"array {name!r} has {array.nbytes:,} B, tier {tier.name!r} takes at most "
-                    f"{tier.max_array_bytes:,} B in one array: split it into row blocks"
+                    f"{tier.max_array_bytes:,} B in one array; {smaller}"
                 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from memsched.aot import Compiler
 from memsched.cost import CostModel
-from memsched.errors import DoesNotFitError
+from memsched.errors import DoesNotFitError, ProgramError
 from memsched.machine import NVME, Machine
 from memsched.plan_json import plan_digest
 from memsched.profiles import load_machine
@@ -49,7 +49,7 @@ class DryRun:
 
     data: dict[str, Any]
     found: Forecast | None
-    error: DoesNotFitError | None = None
+    error: DoesNotFitError | ProgramError | None = None
     batches: Batches | None = None
 
 
@@ -74,17 +74,18 @@ def dry_run(
     request.capacity(config)
     machine = planned_machine(budgets)
     asked = _Asked(request, machine, named_dtype(dtype or config.dtype), budgets, compiler)
-    refused: DoesNotFitError | None = None
+    refused: DoesNotFitError | ProgramError | None = None
     for choice in _choices(config, encodings, asked):
         try:
             found = _forecast(choice, asked)
-        except DoesNotFitError as error:
+        except (DoesNotFitError, ProgramError) as error:
             refused = error
         else:
             return DryRun(forecast_dict(found) | _codecs_dict(choice, budgets.level), found)
     assert refused is not None
     compiled = compiler is not None
-    data = refusal_dict(refused, machine, request, asked.dtype.name, compiled=compiled)
+    smallest = refused.smallest if isinstance(refused, DoesNotFitError) else {}
+    data = refusal_dict(smallest, machine, request, asked.dtype.name, compiled=compiled)
     return DryRun(data, None, refused)
 
 
@@ -192,7 +193,7 @@ def print_dry_run(
     """Writes a forecast to stdout and to files.
 
     Raises:
-        DoesNotFitError: there is no forecast; its JSON has been written.
+        DoesNotFitError, ProgramError: there is no forecast; its JSON has been written.
     """
     for report in reports:
         if dry.found is not None or report.suffix == ".json":

@@ -1,13 +1,12 @@
 """A forecast as plain data, for JSON."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from memsched.aot import Workspace
 from memsched.cost import plan_seconds
 from memsched.cost.learned import at_quantile, describe
-from memsched.errors import DoesNotFitError
 from memsched.machine import Machine
 from memsched.report import to_dict as summaries_to_dict
 from qwen3vl_jax.phases import PREFILL_CHUNK
@@ -85,12 +84,12 @@ def workspace_source(machine: Machine, *, compiled: bool) -> str:
 
 
 def refusal_dict(
-    error: DoesNotFitError, machine: Machine, request: Request, dtype: str, *, compiled: bool
+    smallest: Mapping[str, int], machine: Machine, request: Request, dtype: str, *, compiled: bool
 ) -> dict[str, Any]:
-    """What `forecast_dict` would say, of a request that does not fit."""
+    """What `forecast_dict` would say, of a refused request; `smallest` may be unknown."""
     return {
         "fits": False,
-        "smallest_workable": error.smallest,
+        "smallest_workable": dict(smallest),
         "phases": {},
         "gap": None,
         "prices": {},

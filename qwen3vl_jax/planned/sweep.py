@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from memsched.cost import CostModel
-from memsched.errors import DoesNotFitError
+from memsched.errors import DoesNotFitError, ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.sizes import parse_size
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
@@ -118,18 +118,17 @@ def run_sweep(
             f"machine {machine.name!r} has no tier {TIERS[sweep.axis]!r}; sweep another"
         )
     tracers: dict[Request, Tracer] = {}
-    points: list[Point] = []
 
     def plan(value: int) -> Point:
-        say(f"planning {sweep.axis} {value:,} {sweep.unit}")
-        changed, asked = _machine(sweep, machine, value), _request(sweep, config, request, value)
-        if asked not in tracers:
-            tracers.clear()
-            tracers[asked] = traced_request(config, asked, dtype, None, encodings)
+        say(f"planning {sweep.axis} {value:,} {sweep.unit}".rstrip())
         try:
+            asked = _request(sweep, config, request, value)
+            if asked not in tracers:
+                tracers.clear()
+                tracers[asked] = traced_request(config, asked, dtype, None, encodings)
             found = forecast(
                 config,
-                changed,
+                _machine(sweep, machine, value),
                 asked,
                 dtype=dtype,
                 tracer=tracers[asked],
@@ -137,15 +136,11 @@ def run_sweep(
                 encodings=encodings,
                 plan_seconds=plan_seconds,
             )
-        except DoesNotFitError as error:
+        except (DoesNotFitError, ProgramError, UsageError) as error:
             return refused(value, error)
         return figures(value, found)
 
-    for value in sweep.values:
-        try:
-            points.append(plan(value))
-        except UsageError as error:
-            points.append(Point(value, refused=str(error)))
+    points = [plan(value) for value in sweep.values]
     exact = _just_enough(sweep, points)
     if exact is not None:
         points.append(plan(exact))
@@ -163,9 +158,10 @@ def _just_enough(sweep: Sweep, points: list[Point]) -> int | None:
     return whole[0].needed_bytes
 
 
-def refused(value: int, error: DoesNotFitError) -> Point:
-    """A point that does not fit."""
-    return Point(value, smallest_bytes=dict(error.smallest), refused=str(error))
+def refused(value: int, error: DoesNotFitError | ProgramError | UsageError) -> Point:
+    """A point that cannot be, and why; with the least that would do if budgets are too small."""
+    smallest = error.smallest if isinstance(error, DoesNotFitError) else {}
+    return Point(value, smallest_bytes=smallest, refused=str(error))
 
 
 def figures(value: int, found: Forecast) -> Point:

@@ -62,6 +62,22 @@ def test_no_other_batch_of_a_tiny_model_has_more_tokens(
             assert point.tokens_per_s == pytest.approx(rates[point.value])
 
 
+def test_batches_whose_arrays_no_tier_takes_are_not_chosen(tmp_path: Path) -> None:
+    text = (MACHINES / "i5-10210u-sm61-nvme.toml").read_text()
+    limit = 'max_array_bytes = "512MiB"'
+    assert text.count(limit) == 1
+    (tmp_path / "small.toml").write_text(text.replace(limit, "max_array_bytes = 200_000"))
+    budgets = Budgets(machine=tmp_path / "small.toml")
+    run = dry_run_best_batch(CONFIG, REQUEST, budgets, dtype="float32")
+    found = run.batches
+    assert found is not None
+    refused = [point for point in found.points if not point.fits]
+    assert all("lower the batch" in point.refused for point in refused)
+    # Keys of one row: 2 heads, 64 slots of 32 numbers of 4 B.
+    assert found.chosen.value == 200_000 // (2 * 64 * 32 * 4)
+    assert refused[0].value == found.chosen.value + 1
+
+
 def point(rows: int, rate: float | None, lane: str = "compute", arriving: int = 0) -> Point:
     return Point(rows, rate, 1.0, lane, 10**6, 0, arriving, refused="" if rate else "too little")
 

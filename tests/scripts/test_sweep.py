@@ -152,6 +152,35 @@ def test_other_axes_change_what_they_say() -> None:
     assert contexts[-1].fits
 
 
+def toml_with_arrays_of_at_most(largest_bytes: int, folder: Path) -> Path:
+    """The machine's file, with another limit for one array of its device."""
+    text, limit = MACHINE.read_text(), 'max_array_bytes = "512MiB"'
+    assert text.count(limit) == 1
+    path = folder / "machine.toml"
+    path.write_text(text.replace(limit, f"max_array_bytes = {largest_bytes}"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "array"),
+    [
+        (("--sweep", "batch=1..4096"), "array 'x' "),
+        (("--sweep", "context=256..2048", "--batch", "64"), "array 'cache.0.keys' "),
+    ],
+)
+def test_a_point_with_an_array_too_large_for_a_tier_is_refused_and_the_others_stay(
+    arguments: tuple[str, ...], array: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = toml_with_arrays_of_at_most(8 << 20, tmp_path)
+    common = [COMMON[0], "--machine", str(machine), "--points", "2", "--json"]
+    assert script().main([*common, *arguments]) == 0
+    small, large = json.loads(capsys.readouterr().out.splitlines()[-1])["points"]
+    assert small["fits"]
+    assert not large["fits"]
+    assert large["refused"].startswith(array)
+    assert "takes at most 8,388,608 B in one array; lower the batch (--batch)" in large["refused"]
+
+
 class TwiceAsLong:
     """A machine that was measured to take twice as long for everything."""
 
