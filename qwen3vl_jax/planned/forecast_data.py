@@ -86,7 +86,7 @@ def workspace_source(machine: Machine, *, compiled: bool) -> str:
 def refusal_dict(
     smallest: Mapping[str, int], machine: Machine, request: Request, dtype: str, *, compiled: bool
 ) -> dict[str, Any]:
-    """What `forecast_dict` would say, of a refused request; `smallest` may be unknown."""
+    """What `forecast_dict` would say, of a refused request. `smallest` can be empty."""
     return {
         "fits": False,
         "smallest_workable": dict(smallest),

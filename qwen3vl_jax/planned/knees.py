@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from memsched.report.text import seconds_text
 from qwen3vl_jax.planned.sweep import TIERS, Point, Sweep
 
 # As fast as the best one, and nearly so.
@@ -22,8 +23,10 @@ def knees(sweep: Sweep, points: Sequence[Point]) -> tuple[Knee, ...]:
     """In the order of their values."""
     fitting = [point for point in points if point.fits]
     found = _refusals(sweep, points)
-    if fitting:
-        found += _saturation(sweep, fitting) + _limits(sweep, fitting)
+    # What a single point would gain from more, nobody has planned.
+    if len(fitting) > 1:
+        found += _saturation(sweep, fitting) + _first_token(sweep, fitting)
+        found += _limits(sweep, fitting)
     return tuple(sorted(found, key=lambda knee: knee.value))
 
 
@@ -59,21 +62,40 @@ def _saturation(sweep: Sweep, fitting: Sequence[Point]) -> list[Knee]:
     rates = [point.tokens_per_s or 0.0 for point in fitting]
     best = max(rates)
     if best < 1.01 * rates[0]:
-        return [Knee(fitting[0].value, "more of it makes nothing faster")]
+        return [Knee(fitting[0].value, "more of it gives no more tokens/s")]
     found = []
-    first = next(i for i, rate in enumerate(rates) if rate >= SAME * best)
+    first = _saturated(rates)
     nearly = next(i for i, rate in enumerate(rates) if rate >= NEARLY * best)
     if first + 1 < len(fitting):
         point, where = fitting[first], value_text(sweep, fitting[first].value)
         whole = sweep.axis == "device-memory" and not point.arriving_bytes
         why = "all weights that a token reads fit" if whole else f"{point.limited_by} is the limit"
-        found.append(Knee(point.value, f"beyond {where} nothing gets faster: {why}"))
+        found.append(Knee(point.value, f"beyond {where} no more tokens/s: {why}"))
     if nearly < first:
         point = fitting[nearly]
         share = rates[nearly] / best
         where = value_text(sweep, point.value)
         found.append(Knee(point.value, f"{where} has {share:.0%} of the best tokens/s"))
     return found
+
+
+def _saturated(rates: Sequence[float]) -> int:
+    """Which is the first that is as fast as any."""
+    best = max(rates)
+    return next(i for i, rate in enumerate(rates) if rate >= SAME * best)
+
+
+def _first_token(sweep: Sweep, fitting: Sequence[Point]) -> list[Knee]:
+    """Until where the first token comes sooner, if there are no more tokens/s before that."""
+    seconds = [point.first_token_s or 0.0 for point in fitting]
+    enough = _saturated([point.tokens_per_s or 0.0 for point in fitting])
+    soonest = next(i for i, first_s in enumerate(seconds) if SAME * first_s <= min(seconds))
+    if soonest <= enough:
+        return []
+    value = fitting[soonest].value
+    less = f"{seconds_text(seconds[enough])} to {seconds_text(seconds[soonest])}"
+    what = f"up to {value_text(sweep, value)} the first token comes sooner: from {less}"
+    return [Knee(value, what)]
 
 
 def _limits(sweep: Sweep, fitting: Sequence[Point]) -> list[Knee]:

@@ -1,5 +1,6 @@
 """scripts/plan.py --sweep and --compare: rows, knees, plots, and what differs."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -119,7 +120,7 @@ def test_knees_of_a_curve_made_by_hand() -> None:
     ]
     assert [knee.what for knee in knees(sweep, curve)] == [
         "2 GB has 92% of the best tokens/s",
-        "beyond 3 GB nothing gets faster: all weights that a token reads fit",
+        "beyond 3 GB no more tokens/s: all weights that a token reads fit",
         "between 2 GB and 3 GB the limit changes from nvme->device to compute",
     ]
     counts = Sweep("batch", (1, 2, 3))
@@ -127,7 +128,38 @@ def test_knees_of_a_curve_made_by_hand() -> None:
     assert [knee.what for knee in found] == ["beyond 2 it is refused"]
     assert [knee.what for knee in knees(counts, [point(1, None)])] == ["all of them are refused"]
     flat = knees(counts, [point(1, 1.0), point(2, 1.0)])
-    assert [knee.what for knee in flat] == ["more of it makes nothing faster"]
+    assert [knee.what for knee in flat] == ["more of it gives no more tokens/s"]
+
+
+def test_one_point_that_fits_says_nothing_of_more() -> None:
+    sweep = Sweep("device-memory", (10**9, 2 * 10**9))
+    found = knees(sweep, [point(10**9, None), point(2 * 10**9, 5.0)])
+    assert [knee.what for knee in found] == ["below 2 GB it is refused"]
+    assert knees(sweep, [point(10**9, 5.0)]) == ()
+
+
+def test_the_first_token_has_a_knee_where_it_still_comes_sooner() -> None:
+    sweep = Sweep("device-memory", (1, 2, 3, 4))
+    rates, seconds = (1.0, 2.0, 2.0, 2.0), (4.0, 3.0, 1.0, 1.0)
+    curve = [
+        dataclasses.replace(point(value * 10**9, rate), first_token_s=first_s)
+        for value, rate, first_s in zip((1, 2, 3, 4), rates, seconds, strict=True)
+    ]
+    found = {knee.what: knee.value for knee in knees(sweep, curve)}
+    assert found == {
+        "beyond 2 GB no more tokens/s: nvme->device is the limit": 2 * 10**9,
+        "up to 3 GB the first token comes sooner: from 3 s to 1 s": 3 * 10**9,
+    }
+    flat = [dataclasses.replace(one, tokens_per_s=1.0) for one in curve]
+    assert [knee.what for knee in knees(sweep, flat)] == [
+        "more of it gives no more tokens/s",
+        "up to 3 GB the first token comes sooner: from 4 s to 1 s",
+    ]
+    # Where tokens/s rise as long, or the first token only comes later, there is no such knee.
+    rising = [dataclasses.replace(one, tokens_per_s=one.value / 1e9) for one in curve]
+    later = [dataclasses.replace(one, first_token_s=one.value / 1e9) for one in curve]
+    for ones in (rising, later):
+        assert not any("first token" in knee.what for knee in knees(sweep, ones))
 
 
 def test_values_are_written_as_people_write_them() -> None:
