@@ -19,6 +19,7 @@ from memsched.report.page import page
 from memsched.report.perfetto import perfetto
 from memsched.report.rendering import Group, RenderableType, plain, show
 from memsched.whole_file import check_target, write_whole
+from qwen3vl_jax import console
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.checkpoints.opening import described
 from qwen3vl_jax.checkpoints.selection import level_of
@@ -39,8 +40,8 @@ from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.saving import plans_text
 from qwen3vl_jax.planned.tally import MOVING
 
-FORMATS = (".json", ".txt", ".html")
 TRACE = ".perfetto.json"
+FORMATS = (".json", ".txt", ".html", TRACE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,14 +172,22 @@ def check_reports(paths: Iterable[Path], formats: Sequence[str] = FORMATS) -> No
         StoreError: nothing can be written there.
     """
     for path in paths:
-        if path.suffix not in formats:
-            raise UsageError(f"--report {path}: a name that ends in {', '.join(formats)} is wanted")
+        if _format(path) not in formats:
+            raise UsageError(
+                f"--report {path}: no {_format(path) or 'file without an ending'} is written here; "
+                f"end the name in {', '.join(formats)}"
+            )
         check_target(path)
+
+
+def _format(path: Path) -> str:
+    """The ending of a name that says what is written."""
+    return TRACE if path.name.endswith(TRACE) else path.suffix
 
 
 def write_report(path: Path, report: PlanReport) -> None:
     """Text, data, page or trace, as the file's name says."""
-    if path.name.endswith(TRACE):
+    if _format(path) == TRACE:
         content = report.perfetto()
     elif path.suffix == ".html":
         content = report.html()
@@ -190,18 +199,24 @@ def write_report(path: Path, report: PlanReport) -> None:
 def print_dry_run(
     dry: DryRun, *, reports: Iterable[Path], save_plan: Path | None, as_json: bool
 ) -> int:
-    """Writes a forecast to stdout and to files.
+    """Writes a forecast to stdout and to files; of a refusal only JSON, and says what is not there.
 
     Raises:
         DoesNotFitError, ProgramError: there is no forecast; its JSON has been written.
     """
+    unwritten = [] if save_plan is None else [save_plan]
     for report in reports:
-        if dry.found is not None or report.suffix == ".json":
+        if dry.found is not None or _format(report) == ".json":
             write_whole(report, _dry_report(report, dry))
+        else:
+            unwritten.append(report)
     if as_json:
         print(json.dumps(dry.data), flush=True)
     if dry.found is None:
         assert dry.error is not None
+        if unwritten:
+            names = ", ".join(map(str, unwritten))
+            console.say(f"not written, as a refused request has no plan to show: {names}")
         raise dry.error
     if save_plan is not None:
         write_whole(save_plan, plans_text(dry.found))
@@ -211,14 +226,15 @@ def print_dry_run(
 
 
 def _dry_report(path: Path, dry: DryRun) -> str:
-    if dry.found is None or (path.suffix == ".json" and not path.name.endswith(TRACE)):
+    kind = _format(path)
+    if dry.found is None or kind == ".json":
         return _json(dry.data)
-    if path.suffix == ".txt":
+    if kind == ".txt":
         return plain(_view(dry, dry.found))
     chapters, cover = forecast_chapters(dry.found), forecast_cover(dry.found)
     if dry.batches is not None:
         cover = dataclasses.replace(cover, lines=(*cover.lines, batches_text(dry.batches)))
-    return perfetto(chapters) if path.suffix == ".json" else page(chapters, cover)
+    return perfetto(chapters) if kind == TRACE else page(chapters, cover)
 
 
 def _view(dry: DryRun, found: Forecast) -> RenderableType:

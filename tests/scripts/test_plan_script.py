@@ -139,6 +139,24 @@ def test_a_trace_and_a_plan_are_written(tmp_path: Path) -> None:
     assert saved["report"]["fits"] is True
 
 
+def test_of_a_refusal_only_json_is_written_and_it_says_what_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("a.html", "a.perfetto.json", "a.json", "a.txt")
+    reports = [f"--report={tmp_path / name}" for name in names]
+    saved = tmp_path / "plans.json"
+    (tmp_path / "a.html").write_text("an older one")
+    arguments = [*COMMON, "--device-memory", "9KB", *reports, f"--save-plan={saved}"]
+    assert script().main(arguments) == 3
+    said, cause, _ = capsys.readouterr().err.splitlines()
+    left = [saved, *(tmp_path / name for name in names if name != "a.json")]
+    assert said.endswith(f"a refused request has no plan to show: {', '.join(map(str, left))}")
+    assert cause.startswith("error: this request needs at least")
+    assert json.loads((tmp_path / "a.json").read_text())["fits"] is False
+    assert {path.name for path in tmp_path.iterdir()} == {"a.html", "a.json"}
+    assert (tmp_path / "a.html").read_text() == "an older one"
+
+
 def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
     keys = []
     for size in ("9KB", "9MB"):
@@ -163,6 +181,8 @@ def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
         ((*COMMON, "--batch", "auto", "--sweep", "batch=1..2"), 2, "drop --aot and --sweep"),
         ((*COMMON, "--batch", "auto", "--max-context", "30"), 2, "max_context 30 is less"),
         ((*COMMON, "--report", "plan.pdf"), 2, ".json, .txt, .html"),
+        ((*COMMON, "--report", "plan"), 2, "no file without an ending is written here"),
+        ((*COMMON, "--sweep", "batch=1..2", "--report", "a.perfetto.json"), 2, "no .perfetto.json"),
         ((*COMMON, "--sweep", "luck=1..2"), 2, "device-memory, host-memory"),
         ((*COMMON, "--sweep", "batch=1..2", "--level", "balanced"), 2, "drop --level"),
         ((*COMMON, "--compare", "a.json", "b.json"), 2, "nothing else"),
