@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from memsched.aot import Compiler
     from qwen3vl_jax.planned.request import Request
 
+MOST_DIGITS = 18
+# --batch auto.
+AUTO = 0
+# What a sweep sets at every point, by its axis.
+SWEPT = {
+    "device-memory": ("--device-memory",),
+    "host-memory": ("--host-memory",),
+    "batch": ("--batch",),
+    "context": ("--prompt-tokens", "--max-context"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, and print it. Returns an exit code of `console.run`."""
@@ -71,7 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--json", action="store_true", help="write one JSON object to stdout, not the text")
     options = parser.parse_args(argv)
-    _check(options)
+    _check(options, _given(parser, argv, options))
     return options
 
 
@@ -94,57 +105,83 @@ def _add_many_plans(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check(options: argparse.Namespace) -> None:
+def _given(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, options: argparse.Namespace
+) -> list[str]:
+    """What the command line names, whether or not it says the same as a default."""
+    named = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(options))))
+    words = {"model": "MODEL", "reports": "--report"}
+    return [
+        words.get(name, f"--{name.replace('_', '-')}")
+        for name, value in vars(named).items()
+        if value is not None
+    ]
+
+
+def _check(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Raises UsageError for options that do not go together."""
     compared = options.compare is not None
+    unread = [name for name in given if name not in ("--compare", "--json", "--debug")]
     rules = (
         (
             options.model is None and not compared,
             "MODEL is missing; name a directory or a config.json",
         ),
         (
-            compared and any((options.model, options.sweep, options.reports, options.save_plan)),
-            "--compare reads two files and nothing else; drop MODEL, --sweep and files to write",
+            compared and bool(unread),
+            f"--compare reads two files and nothing else; drop {', '.join(unread)}",
         ),
         (
             options.aot and options.machine is None,
             "--aot compiles for the GPU of a file; add --machine, or leave --aot out",
         ),
         (
-            options.aot
-            and (options.compare, options.sweep, options.save_plan) != (None, None, None),
-            "--aot is for one plan, of a GPU that is not here; drop --compare, --sweep and "
-            "--save-plan",
+            options.aot and (options.sweep, options.save_plan) != (None, None),
+            "--aot is for one plan, of a GPU that is not here; drop --sweep and --save-plan",
         ),
         (
-            options.sweep is not None and options.level != "minimal",
-            "--sweep plans one form of a model at every point; convert it with scripts/convert.py "
-            "--codec auto, and sweep the store, or drop --level",
-        ),
-        (
-            options.batch is None and (options.aot or options.sweep is not None),
+            options.batch == AUTO and (options.aot or options.sweep is not None),
             "--batch auto plans several batches; drop --aot and --sweep, or give a count",
         ),
         (
-            options.sweep is not None and options.save_plan is not None,
-            "--save-plan writes one plan; drop --sweep",
+            "--points" in given and options.sweep is None,
+            "--points is how many values a sweep has; add --sweep, or drop it",
         ),
+        *(() if options.sweep is None else _sweep_rules(options, given)),
     )
     for broken, message in rules:
         if broken:
             raise UsageError(message)
 
 
+def _sweep_rules(options: argparse.Namespace, given: Sequence[str]) -> tuple[tuple[bool, str], ...]:
+    """What does not go together with --sweep."""
+    axis = options.sweep.partition("=")[0]
+    unread = [name for name in SWEPT.get(axis, ()) if name in given]
+    return (
+        (
+            options.level != "minimal",
+            "--sweep plans one form of a model at every point; convert it with scripts/convert.py "
+            "--codec auto, and sweep the store, or drop --level",
+        ),
+        (options.save_plan is not None, "--save-plan writes one plan; drop --sweep"),
+        (bool(unread), f"--sweep {axis} says it for every point; drop {', '.join(unread)}"),
+    )
+
+
 def _positive(text: str) -> int:
+    # Python reads no number of thousands of digits.
+    if not text.isdecimal() or len(text) > MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text[:60]}: a count is wanted")
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
 
 
-def _batch(text: str) -> int | None:
-    """A count, or None for "auto"."""
+def _batch(text: str) -> int:
+    """A count, or `AUTO`."""
     if text == "auto":
-        return None
+        return AUTO
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text[:60]}: a count or auto is wanted")
     return _positive(text)
@@ -176,7 +213,7 @@ def plan(options: argparse.Namespace) -> int:
     budgets, request = Budgets(**budget_arguments(options)), _request(options)
     config, encodings = described(options.model)
     how: dict[str, Any] = {"dtype": options.dtype, "encodings": encodings}
-    if options.batch is None:
+    if options.batch == AUTO:
         found = dry_run_best_batch(config, request, budgets, **how, say=console.say)
     else:
         found = dry_run(config, request, budgets, **how, compiler=compiler)

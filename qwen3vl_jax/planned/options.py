@@ -64,7 +64,10 @@ def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
     return seconds

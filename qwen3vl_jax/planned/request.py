@@ -14,6 +14,8 @@ from qwen3vl_jax.processing.media_config import Limits, PixelSettings
 
 # The marks before and after a picture.
 MARKS = 2
+# No machine answers more at once, and shapes of more are beyond 32 bits.
+MOST_ROWS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Request:
         for name in ("prompt_tokens", "new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.batch > MOST_ROWS:
+            raise UsageError(f"batch must be at most {MOST_ROWS:,}, found {self.batch:,}")
         limits = Limits()
         for width, height in self.images:
             if min(width, height) < 1 or width * height > limits.max_pixels:

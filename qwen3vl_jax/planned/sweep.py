@@ -18,12 +18,14 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.forecast_data import first_token_seconds, tokens_per_s
-from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.request import MOST_ROWS, Request
 from qwen3vl_jax.planned.works import Tracer, traced_request
 
 TIERS = {"device-memory": DEVICE, "host-memory": HOST}
 # What is swept, and its unit.
 UNITS = {"device-memory": "B", "host-memory": "B", "disk-rate": "B/s", "batch": "", "context": ""}
+# How far counts go; models that take a longer context than this are not known.
+MOST_COUNT = {"batch": MOST_ROWS, "context": 1 << 30}
 MOST_POINTS = 200
 
 
@@ -81,14 +83,22 @@ def parse_sweep(text: str, points: int) -> Sweep:
     if not 2 <= points <= MOST_POINTS:
         raise UsageError(f"--points must be from 2 to {MOST_POINTS}, found {points}")
     if UNITS[axis]:
-        low, high = (parse_size(part.removesuffix("/s")) for part in (low_text, high_text))
-    elif low_text.isdecimal() and high_text.isdecimal():
-        low, high = int(low_text[:9]), int(high_text[:9])
+        per_second = UNITS[axis].removeprefix("B")
+        low, high = (parse_size(part.removesuffix(per_second)) for part in (low_text, high_text))
     else:
-        raise UsageError(f"--sweep {text[:60]}: {axis} is a count; write {axis}=1..64")
+        low, high = (_count(axis, part) for part in (low_text, high_text))
     if not 0 < low < high:
         raise UsageError(f"--sweep {text[:60]}: the range must rise from more than 0")
     return Sweep(axis, tuple(dict.fromkeys(int(v + 0.5) for v in np.geomspace(low, high, points))))
+
+
+def _count(axis: str, text: str) -> int:
+    most = MOST_COUNT[axis]
+    if not text.isdecimal() or len(text) > len(str(most)) or int(text) > most:
+        raise UsageError(
+            f"--sweep {axis}: {text[:60]!r} is no count of at most {most:,}; write {axis}=1..64"
+        )
+    return int(text)
 
 
 def run_sweep(

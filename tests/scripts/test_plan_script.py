@@ -188,8 +188,8 @@ def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
         ((*COMMON, "--compare", "a.json", "b.json"), 2, "nothing else"),
         (("--compare", "nowhere.json", "b.json"), 4, "nowhere.json"),
         ((COMMON[0], "--aot"), 2, "add --machine"),
-        ((*COMMON, "--aot", "--sweep", "batch=1..2"), 2, "drop --compare, --sweep"),
-        ((*COMMON, "--aot", "--save-plan", "plan.json"), 2, "drop --compare, --sweep"),
+        ((*COMMON, "--aot", "--sweep", "batch=1..2"), 2, "drop --sweep"),
+        ((*COMMON, "--aot", "--save-plan", "plan.json"), 2, "drop --sweep and --save-plan"),
         ((COMMON[0], "--aot", "--machine", str(MACHINE.with_stem("laptop-cpu"))), 2, "on a cpu"),
         ((COMMON[0], "--aot", "--machine", str(MACHINE.with_stem("tpu-v5e-host"))), 2, "on a tpu"),
         pytest.param((*COMMON, "--aot"), 2, "extra 'aot'", marks=WITHOUT_COMPILER),
@@ -209,6 +209,51 @@ def test_a_mistake_is_told_in_one_line(
     assert says in error
     assert len(error.splitlines()) == 2
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            (*COMMON, "--sweep", "batch=1..12345678901"),
+            "'12345678901' is no count of at most 1,000,",
+        ),
+        ((*COMMON, "--sweep", "batch=1..2000000"), "'2000000' is no count of at most 1,000,000"),
+        ((*COMMON, "--sweep", "batch=1..4", "--batch", "64"), "drop --batch"),
+        ((*COMMON, "--sweep", "batch=1..4", "--batch", "1"), "drop --batch"),
+        ((*COMMON, "--sweep", "context=300..400"), "drop --prompt-tokens"),
+        ((COMMON[0], "--sweep", "context=300..400", "--max-context", "9"), "drop --max-context"),
+        (
+            (*COMMON, "--sweep=device-memory=1MB..2MB", "--device-memory=1MB"),
+            "drop --device-memory",
+        ),
+        (
+            (*COMMON, "--sweep", "host-memory=1MB..2MB", "--host-memory", "1MB"),
+            "drop --host-memory",
+        ),
+        ((*COMMON, "--sweep", "device-memory=1GB/s..2GB/s"), "size '1GB/s' is none"),
+        ((*COMMON, "--points", "9"), "add --sweep"),
+        (("--compare", "a.json", "b.json", "--batch", "1"), "drop --batch"),
+        (("--compare", "a.json", "b.json", "--points", "9"), "drop --points"),
+        (("--compare", "a.json", "b.json", "--kv", "raw", "--aot"), "drop --kv, --aot"),
+        (("--compare", "a.json", "b.json", "--report", "c.txt"), "drop --report"),
+        ((COMMON[0], "--prompt-tokens", "abc"), "--prompt-tokens: abc: a count is wanted"),
+        ((COMMON[0], "--new-tokens", "9" * 5000), "a count is wanted"),
+        ((*COMMON, "--plan-seconds", "abc"), "abc is not a number of seconds"),
+        (
+            (*COMMON, "--batch", "3000000000"),
+            "batch must be at most 1,000,000, found 3,000,000,000",
+        ),
+    ],
+)
+def test_no_option_is_ignored_or_cut(
+    arguments: tuple[str, ...], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert script().main(arguments) == 2
+    out, error = capfd.readouterr()
+    cause, advice = error.splitlines()
+    assert says in f"{cause}; {advice}"
+    assert not out
 
 
 def test_less_time_for_planning_tries_less_and_finds_a_plan(
