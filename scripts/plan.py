@@ -257,7 +257,8 @@ def _compare(options: argparse.Namespace) -> int:
     from memsched.report.rendering import show
     from qwen3vl_jax.planned.saved import read_report
 
-    found = difference(*(read_report(path) for path in options.compare))
+    one, other = options.compare
+    found = difference(read_report(one), read_report(other), names=(str(one), str(other)))
     if options.json:
         print(json.dumps(rows_dict(found)), flush=True)
     else:

@@ -86,7 +86,8 @@ def dry_run(
     assert refused is not None
     compiled = compiler is not None
     smallest = refused.smallest if isinstance(refused, DoesNotFitError) else {}
-    data = refusal_dict(smallest, machine, request, asked.dtype.name, compiled=compiled)
+    dtype_name = asked.dtype.name
+    data = refusal_dict(smallest, config, machine, request, dtype_name, compiled=compiled)
     return DryRun(data, None, refused)
 
 

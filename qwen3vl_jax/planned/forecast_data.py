@@ -9,6 +9,7 @@ from memsched.cost import plan_seconds
 from memsched.cost.learned import at_quantile, describe
 from memsched.machine import Machine
 from memsched.report import to_dict as summaries_to_dict
+from qwen3vl_jax.config import Config
 from qwen3vl_jax.phases import PREFILL_CHUNK
 from qwen3vl_jax.planned.forecast import Forecast, Pass
 from qwen3vl_jax.planned.request import Request
@@ -84,7 +85,13 @@ def workspace_source(machine: Machine, *, compiled: bool) -> str:
 
 
 def refusal_dict(
-    smallest: Mapping[str, int], machine: Machine, request: Request, dtype: str, *, compiled: bool
+    smallest: Mapping[str, int],
+    config: Config,
+    machine: Machine,
+    request: Request,
+    dtype: str,
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
     """What `forecast_dict` would say, of a refused request. `smallest` can be empty."""
     return {
@@ -95,7 +102,7 @@ def refusal_dict(
         "prices": {},
         "baselines": {},
         "arrays": [],
-        "assumptions": assumptions(machine, request, dtype, compiled=compiled),
+        "assumptions": assumptions(config, machine, request, dtype, compiled=compiled),
         "plan_seconds": None,
         "workspaces": [],
     }
@@ -103,7 +110,8 @@ def refusal_dict(
 
 def forecast_assumptions(found: Forecast) -> dict[str, Any]:
     """What a forecast rests on."""
-    return assumptions(found.machine, found.request, found.dtype, compiled=is_compiled(found))
+    asked = found.config, found.machine, found.request, found.dtype
+    return assumptions(*asked, compiled=is_compiled(found))
 
 
 def is_compiled(found: Forecast) -> bool:
@@ -112,10 +120,14 @@ def is_compiled(found: Forecast) -> bool:
 
 
 def assumptions(
-    machine: Machine, request: Request, dtype: str, *, compiled: bool
+    config: Config, machine: Machine, request: Request, dtype: str, *, compiled: bool
 ) -> dict[str, Any]:
     """The same of any request, whether it fits or not."""
+    text = config.text
+    experts = f", {text.num_experts} experts" if text.num_experts else ""
     return {
+        "model": f"{config.model_type}, {text.num_hidden_layers} layers of "
+        f"{text.hidden_size:,}{experts}",
         "machine": machine.name,
         "machine_digest": machine.digest,
         "capacity_bytes": {tier.name: tier.capacity_bytes for tier in machine.tiers},

@@ -11,7 +11,7 @@ from test_report import CHAIN, COST, PINNED, SMALL
 
 from memsched.errors import DamagedError, StoreError
 from memsched.report import summarize
-from memsched.report.difference import Moved, Row, difference, rows_dict
+from memsched.report.difference import Fact, Moved, Row, difference, rows_dict
 from memsched.report.difference import view as difference_view
 from memsched.report.line_plot import Curve, plot_svg
 from memsched.report.rendering import WIDTH, columns, plain, show
@@ -106,6 +106,7 @@ def test_two_reports_differ_in_these_figures_and_arrays() -> None:
     )
     assert found.same == 3
     assert found.moved == (Moved("b", 7, "streamed (nvme)", "pinned (device)"),)
+    assert found.unmoved == 1
     text = plain(difference_view(found))
     assert "-25.0%" in text
     assert "from streamed (nvme) to pinned (device): 1 arrays, 7 B" in text
@@ -113,9 +114,73 @@ def test_two_reports_differ_in_these_figures_and_arrays() -> None:
     assert difference(report(), report()).rows == ()
 
 
+def test_reports_say_first_what_they_are_for() -> None:
+    said = {"model": "a", "machine": "m", "request": {"batch": 1, "images": [[64, 64]]}}
+    one = report() | {"fits": True, "assumptions": said}
+    other = report() | {"fits": True, "assumptions": said | {"model": "b"}}
+    other["assumptions"] |= {"request": {"batch": 4000, "images": [[64, 64]]}}
+    found = difference(one, other)
+    assert found.facts == (Fact("model", "a", "b"), Fact("request.batch", "1", "4,000"))
+    assert found.alike == ("machine", "fits")
+    text = plain(difference_view(found))
+    assert "the same in both: machine, fits" in text
+    assert text.index("request.batch") < text.index("figures are the same")
+    unsaid = plain(difference_view(difference(report(), one)))
+    assert "nothing of model, machine, dtype and request is known" in unsaid
+
+
+def test_a_refusal_has_no_figures_to_compare() -> None:
+    refusal = {"fits": False, "phases": {}, "gap": None, "arrays": []}
+    found = difference(report() | {"fits": True}, refusal)
+    assert found.facts == (Fact("fits", "yes", "no"),)
+    assert (found.refused, found.rows, found.moved) == (("after",), (), ())
+    text = plain(difference_view(found))
+    assert "after is a refusal: no plan to compare" in text
+    assert "where they were" not in text
+
+
+def test_codecs_and_arrays_of_one_alone_are_told() -> None:
+    one, other = report(), report()
+    one["arrays"][0]["codec"] = "int8"
+    other["arrays"][1]["name"] = "c"
+    found = difference(one, other)
+    assert found.moved == (
+        Moved("b", 7, "streamed (nvme)", None),
+        Moved("c", 7, None, "streamed (nvme)"),
+        Moved("a", 5, "streamed (nvme, int8)", "streamed (nvme)"),
+    )
+    text = plain(difference_view(found))
+    assert "only before: streamed (nvme): 1 arrays, 7 B" in text
+    assert "only after: streamed (nvme): 1 arrays, 7 B" in text
+    assert "where they were" not in text
+    nothing = difference(report() | {"arrays": []}, report() | {"arrays": []})
+    assert "there are no arrays to compare" in plain(difference_view(nothing))
+    assert "2 arrays are where they were" in plain(difference_view(difference(report(), report())))
+
+
+def test_what_solvers_leave_is_no_difference_but_one_byte_is() -> None:
+    one, other = report() | {"gap": 0}, report(seconds=1.0 + 1e-12) | {"gap": 4.441e-16}
+    assert difference(one, other).rows == ()
+    assert difference(one, other).same == 6
+    big = [report(link_bytes={"nvme->device": nbytes}) for nbytes in (10**12, 10**12 + 1)]
+    assert [row.what for row in difference(*big).rows] == ["decode over nvme->device"]
+    assert [row.what for row in difference(one, report() | {"gap": 1e-3}).rows] == ["gap"]
+
+
 @pytest.mark.parametrize(
     "broken",
     [
+        {"fits": "yes"},
+        {"assumptions": 1},
+        {"assumptions": {"flops_per_s": float("inf")}},
+        {"tokens_per_s": 10**400},
+        {"tokens_per_s": float("inf")},
+        {"gap": float("nan")},
+        {"first_token_seconds": -1},
+        {"phases": {"decode": {"peak_bytes": {"device": -1}}}},
+        {"arrays": [{"name": "a", "nbytes": -1, "tier": "nvme", "why": "streamed"}]},
+        {"arrays": [{"name": "a", "nbytes": 10**400, "tier": "nvme", "why": "streamed"}]},
+        {"arrays": [{"name": "a", "nbytes": 1, "tier": "nvme", "why": "streamed", "codec": 1}]},
         {"phases": 1},
         {"phases": {"decode": []}},
         {"tokens_per_s": "fast"},
@@ -126,8 +191,10 @@ def test_two_reports_differ_in_these_figures_and_arrays() -> None:
     ],
 )
 def test_a_report_that_is_none_is_refused(broken: dict[str, Any]) -> None:
-    with pytest.raises(DamagedError, match="make the report anew"):
-        difference(report(), report() | broken)
+    with pytest.raises(DamagedError, match=r"^two\.json: .*make the report anew"):
+        difference(report(), report() | broken, names=("one.json", "two.json"))
+    with pytest.raises(DamagedError, match=r"^one\.json: "):
+        difference(report() | broken, report(), names=("one.json", "two.json"))
 
 
 def test_a_plot_has_its_points_where_they_belong() -> None:

@@ -276,5 +276,34 @@ def test_two_plans_are_compared_from_either_kind_of_file(
     kept = {name for name in before if (before[name], after[name]) == ("streamed", "pinned")}
     assert kept == {one["name"] for one in found["moved"] if one["after"] == "pinned (device)"}
     assert kept
+    assert [one["what"] for one in found["facts"]] == ["capacity_bytes.device"]
+    assert set(found["alike"]) >= {"model", "machine", "dtype", "request", "fits"}
     assert script().main(["--compare", small, large]) == 0
     assert "from streamed (host) to pinned (device)" in capsys.readouterr().out
+
+
+def test_a_plan_and_a_refusal_of_another_model_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits, refused = str(tmp_path / "fits.json"), str(tmp_path / "refused.json")
+    assert script().main([*COMMON, "--report", fits]) == 0
+    other = [str(tiny.DATA / "moe"), *COMMON[1:], "--device-memory", "9KB"]
+    assert script().main([*other, "--report", refused]) == 3
+    capsys.readouterr()
+    assert script().main(["--compare", fits, refused, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"model", "capacity_bytes.device", "fits"} == {one["what"] for one in found["facts"]}
+    assert (found["refused"], found["rows"]) == (["after"], [])
+
+
+@pytest.mark.parametrize("number", ["1e400", "1" + "0" * 400])
+def test_a_number_out_of_range_is_told_with_its_file(
+    number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text('{"phases": {}}')
+    bad.write_text(f'{{"phases": {{}}, "tokens_per_s": {number}}}')
+    assert script().main(["--compare", str(good), str(bad), "--json"]) == 4
+    out, error = capsys.readouterr()
+    assert error.startswith(f"error: {bad}: tokens_per_s must be a number from 0 to 1e+30, found ")
+    assert not out
