@@ -393,17 +393,19 @@ class Timeline {
       }
       context.globalAlpha = 1;
     }
-    for (let n = 0; n < blocks.start_s.length; n += 1) {
-      if (blocks.end_s[n] < this.start || blocks.start_s[n] > this.end) continue;
-      const left = this.x(blocks.start_s[n], width);
-      const wide = Math.max(1, this.x(blocks.end_s[n], width) - left);
-      context.fillStyle = shade;
+    const seen = this._seen(blocks, width);
+    context.fillStyle = shade;
+    for (const { n, left, wide } of seen) {
       const length = blocks.end_s[n] - blocks.start_s[n];
       // Blocks of many actions are as dense as their lane is busy.
       context.globalAlpha = blocks.count[n] > 1 && length
         ? 0.35 + 0.65 * Math.min(1, blocks.busy_s[n] / length) : 1;
       context.fillRect(left, top, wide > 3 ? wide - 0.6 : wide, tall);
-      context.globalAlpha = 1;
+    }
+    context.globalAlpha = 1;
+    this._passes(context, width, height, view);
+    // Over the veil, which would make words pale.
+    for (const { n, left, wide } of seen) {
       if (wide > 70) this._drawName(context, this._shortName(lane, blocks, n), left, wide, height);
       if (n === plot.chosen) {
         context.strokeStyle = color('focus');
@@ -411,7 +413,17 @@ class Timeline {
         context.strokeRect(left, top - 1, Math.max(2, wide), tall + 2);
       }
     }
-    this._passes(context, width, height, view);
+  }
+
+  // Blocks in the shown stretch of time, and where they are.
+  _seen(blocks, width) {
+    const seen = [];
+    for (let n = 0; n < blocks.start_s.length; n += 1) {
+      if (blocks.end_s[n] < this.start || blocks.start_s[n] > this.end) continue;
+      const left = this.x(blocks.start_s[n], width);
+      seen.push({ n, left, wide: Math.max(1, this.x(blocks.end_s[n], width) - left) });
+    }
+    return seen;
   }
 
   _drawName(context, name, left, wide, height) {
