@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,15 @@ def naive_chapter(*, measured: bool = False, host: int | None = None) -> Chapter
     program = programs.decode()
     plan = programs.naive_plan(program, machine)
     return chapter_of(plan, program, machine, measured=measured)
+
+
+def encoded(chapter: Chapter, codecs: Mapping[str, str]) -> Chapter:
+    """The chapter of weights that rest so, by name; to a plan all bytes are the same."""
+    uses = tuple(
+        dataclasses.replace(use, codec=codecs.get(use.name, "raw"))
+        for use in chapter.summary.arrays
+    )
+    return dataclasses.replace(chapter, summary=dataclasses.replace(chapter.summary, arrays=uses))
 
 
 def renamed(program: Program, old: str, new: str) -> Program:
@@ -182,6 +191,10 @@ class Browser:
         common = {"key": key, "modifiers": 8 * shift, "windowsVirtualKeyCode": codes.get(key, 0)}
         self.ask("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.ask("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def hover(self, x: float, y: float) -> None:
+        """The pointer, to a place in the window."""
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def picture(self) -> str:
         """All of the page as PNG, in base64."""

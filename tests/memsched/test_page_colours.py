@@ -10,13 +10,12 @@ from collections.abc import Mapping
 import pytest
 
 ASSETS = importlib.resources.files("memsched.report") / "assets"
-TIMELINE = (ASSETS / "timeline.js").read_text("utf-8")
 WORDS, PARTS = 4.5, 3.0
 Colour = tuple[float, float, float]
 
 
 def themes() -> dict[str, dict[str, Colour]]:
-    """The variables of the style sheet. What the dark theme does not name it takes from the other."""
+    """The variables of the style sheet; what the dark theme does not name is that of the other."""
     style = (ASSETS / "page.css").read_text("utf-8")
     light, dark = (
         {name: rgb(digits) for name, digits in re.findall(r"--(\w+): #([0-9a-f]{6});", block)}
@@ -46,9 +45,10 @@ def over(top: Colour, share: float, ground: Colour) -> Colour:
     return mixed[0], mixed[1], mixed[2]
 
 
-def shown_in(function: str, colours: Mapping[str, Colour]) -> set[str]:
-    """The colours that a function of the script names."""
-    found = re.search(rf"^const {function} = .*?^\}};", TIMELINE, re.DOTALL | re.MULTILINE)
+def shown_in(file: str, beginning: str, colours: Mapping[str, Colour]) -> set[str]:
+    """The colours that a function of a script names."""
+    script = (ASSETS / file).read_text("utf-8")
+    found = re.search(rf"^{beginning}\b.*?^\}}", script, re.DOTALL | re.MULTILINE)
     assert found
     return set(re.findall(r"'(\w+)'", found[0])) & colours.keys()
 
@@ -62,7 +62,7 @@ def test_contrast_of_known_colours() -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_names_can_be_read_on_every_lane(theme: str) -> None:
     colours = themes()[theme]
-    lanes = shown_in("laneColor", colours)
+    lanes = shown_in("timeline.js", "const laneColor", colours)
     assert {"compute", "host", "nvme", "write"} == lanes
     for name in lanes:
         # As it is, as a block of many actions at its palest, and under the veil beside a pass.
@@ -82,6 +82,15 @@ def test_words_can_be_read_on_every_ground(theme: str) -> None:
         for ground in ("paper", "card", "shade"):
             assert contrast(colours[words], colours[ground]) >= WORDS, (theme, words, ground)
     assert contrast(colours["card"], colours["accent"]) >= WORDS
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_patterns_of_codecs_can_be_seen_on_every_cell_of_the_map(theme: str) -> None:
+    colours = themes()[theme]
+    cells = shown_in("map.js", "function mapClass", colours)
+    assert {"unread", "spilled", "cache", "features", "pinned", "host", "nvme"} == cells
+    for name in cells:
+        assert contrast(colours["label"], colours[name]) >= PARTS, (theme, name)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -3,6 +3,33 @@
 const MAPPED = new Set(['weight', 'cache', 'feature']);
 const TITLE_HEIGHT = 15;
 
+// What the codecs of the plans look like, in their order: lines of a square that repeats. After
+// the last one they begin again, thicker.
+const SQUARE = 8;
+const PATTERNS = [
+  'M-2 2L2 -2M0 8L8 0M6 10L10 6', 'M0 4H8', 'M-2 6L2 10M0 0L8 8M6 -2L10 2', 'M4 0V8',
+  'M0 4H8M4 0V8', 'M0 8L8 0M0 0L8 8', 'M3.9 4H4.1', 'M0 6L4 2L8 6',
+];
+const CODECS = [...new Set(data.chapters.flatMap(({ arrays }) => arrays.codec))]
+  .map(textOf).filter((codec) => codec !== 'raw');
+
+// A filling for the cells of a codec, to lie over their colour.
+function patternOf(context, codec) {
+  const place = CODECS.indexOf(codec);
+  const tile = document.createElement('canvas');
+  tile.width = tile.height = Math.round(SQUARE * (window.devicePixelRatio || 1));
+  const scale = tile.width / SQUARE;
+  const drawn = tile.getContext('2d');
+  drawn.scale(scale, scale);
+  drawn.strokeStyle = color('label');
+  drawn.lineWidth = 1.25 * (1 + Math.floor(place / PATTERNS.length));
+  drawn.lineCap = 'square';
+  drawn.stroke(new Path2D(PATTERNS[place % PATTERNS.length]));
+  const pattern = context.createPattern(tile, 'repeat');
+  pattern.setTransform(new DOMMatrix().scale(1 / scale));
+  return pattern;
+}
+
 // How a row is coloured, and what that means.
 function mapClass(chapter, row) {
   const { arrays } = chapter;
@@ -81,6 +108,7 @@ class ArrayMap {
     });
     this.groups = [...groups];
     this.cells = [];
+    this.swatches = [];
     this.canvas = element('canvas', {
       class: 'map', tabindex: '0', role: 'application', 'aria-roledescription': 'map',
       'aria-label': `Map of ${plural(this.groups.flatMap(([, rows]) => rows).length, 'array')}: use the arrow keys`,
@@ -91,7 +119,8 @@ class ArrayMap {
     this.root = element('section', { class: 'part', 'aria-label': 'Map of the arrays' },
       element('h2', {}, 'Where the arrays are'),
       element('p', { class: 'soft small' }, 'A cell for each weight, cache and feature, as large as '
-        + 'its bytes, layer by layer. Hatched: stored as another codec than raw.'),
+        + 'its bytes, layer by layer. The colour is where it comes from, the pattern its codec; raw '
+        + 'has none.'),
       this._legend(), this.canvas);
   }
 
@@ -102,20 +131,31 @@ class ArrayMap {
       const [shade, words] = mapClass(this.chapter, row);
       const codec = textOf(arrays.codec[row]);
       const key = codec === 'raw' ? words : `${words}, as ${codec}`;
-      const known = sums.get(key) ?? { shade, nbytes: 0, many: 0 };
+      const known = sums.get(key) ?? { shade, codec, nbytes: 0, many: 0 };
       known.nbytes += arrays.nbytes[row];
       known.many += arrays.count[row];
       sums.set(key, known);
     }
-    return element('ul', { class: 'legend' }, ...[...sums].map(([words, { shade, nbytes, many }]) =>
-      element('li', {}, swatch(`var(--${shade})`), `${words}: `,
-        figure(nbytes, size(nbytes)), ` in ${plural(many, 'array')}`)));
+    return element('ul', { class: 'legend' }, ...[...sums].map(
+      ([words, { shade, codec, nbytes, many }]) => element('li', {}, this._swatch(shade, codec),
+        `${words}: `, figure(nbytes, size(nbytes)), ` in ${plural(many, 'array')}`)));
+  }
+
+  // A piece of a cell, drawn with the map.
+  _swatch(shade, codec) {
+    if (codec === 'raw') return swatch(`var(--${shade})`);
+    const canvas = element('canvas', { class: 'swatch pattern', 'aria-hidden': 'true',
+      'data-codec': codec });
+    this.swatches.push({ canvas, shade, codec });
+    return canvas;
   }
 
   draw() {
     const { context, width, height } = prepare(this.canvas);
     const { arrays } = this.chapter;
     const shades = {};
+    this.patterns = Object.fromEntries(CODECS.map((codec) => [codec, patternOf(context, codec)]));
+    for (const { canvas, shade, codec } of this.swatches) this._drawSwatch(canvas, shade, codec);
     const sums = this.groups.map(([, rows]) => rows.reduce((sum, row) => sum + arrays.nbytes[row], 0));
     this.cells = [];
     strips(sums, { x: 0, y: 0, w: width, h: height }).forEach((box, place) => {
@@ -145,8 +185,20 @@ class ArrayMap {
     context.globalAlpha = this.found(row) ? 1 : 0.18;
     context.fillStyle = shade;
     context.fillRect(cell.x, cell.y, cell.w - edge, cell.h - edge);
-    if (textOf(this.chapter.arrays.codec[row]) !== 'raw') hatch(context, cell);
+    const codec = textOf(this.chapter.arrays.codec[row]);
+    if (codec !== 'raw') {
+      context.fillStyle = this.patterns[codec];
+      context.fillRect(cell.x, cell.y, cell.w - edge, cell.h - edge);
+    }
     context.globalAlpha = 1;
+  }
+
+  _drawSwatch(canvas, shade, codec) {
+    const { context, width, height } = prepare(canvas);
+    for (const filling of [color(shade), this.patterns[codec]]) {
+      context.fillStyle = filling;
+      context.fillRect(0, 0, width, height);
+    }
   }
 
   _drawTitle(context, group, inner) {
@@ -189,20 +241,6 @@ class ArrayMap {
     showTip(this._tell(this.chosen), box.left + cell.x + cell.w / 2, box.top + cell.y + cell.h / 2,
       { aloud: true });
   }
-}
-
-function hatch(context, { x, y, w, h }) {
-  context.save();
-  context.beginPath();
-  context.rect(x, y, w, h);
-  context.clip();
-  context.strokeStyle = color('card');
-  context.lineWidth = 1;
-  for (let at = -h; at < w; at += 5) {
-    context.beginPath(); context.moveTo(x + at, y + h); context.lineTo(x + at + h, y);
-    context.stroke();
-  }
-  context.restore();
 }
 
 // All that is known of a row, for the box that follows the pointer.
