@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import browser
 import hypothesis
 import jax
 import pytest
@@ -86,3 +87,13 @@ def shared_traces() -> Iterator[None]:
 def located(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`located(checkpoint)`: its directory, made once."""
     return functools.cache(lambda name: tiny.checkpoint(name, tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    """A browser; tests that ask for it are skipped where there is none."""
+    program = browser.chromium()
+    if program is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    with browser.browser(program, tmp_path_factory.mktemp("browser")) as found:
+        yield found

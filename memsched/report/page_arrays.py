@@ -13,22 +13,20 @@ from memsched.report.summary import ArrayUse
 ANY = "*"
 _LAST_NUMBER = re.compile(r"\d+(?=\D*\Z)")
 _NUMBER = re.compile(r"\d+")
-# Later uses of an array are counted, not listed.
-MOST_READS = 6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """`count` arrays of one kind and part. `nbytes` is of all of them; `use` is the first one.
 
-    `reads` are action and start of the first Runs that take any of them, of `read_count` in all.
+    `first_read` are action and start of the first Run that takes any of them, of `read_count`.
     """
 
     name: str
     count: int
     nbytes: int
     use: ArrayUse
-    reads: tuple[tuple[int, float], ...]
+    first_read: tuple[int, float] | None
     read_count: int
 
 
@@ -45,19 +43,17 @@ def rows_of(
     for use in uses:
         key = (key_of[use.name], use.kind, use.tier, use.codec, use.role)
         members.setdefault(key, []).append(use)
-    reads = _reads(plan, program, spans)
+    reads = reads_of(plan, program)
     rows: list[Row] = []
     places: dict[str, int] = {}
     for (name, *_), found in members.items():
         for use in found:
             places[use.name] = len(rows)
-        times = sorted(
-            (one for use in found for one in reads.get(use.name, ())), key=lambda one: one[1]
-        )
-        first = tuple(times[:MOST_READS])
+        runs = [(index, spans[index].start_s) for use in found for index in reads[use.name]]
+        first = min(runs, key=lambda one: one[1], default=None)
         shown = name if len(found) > 1 else found[0].name
         nbytes = sum(use.nbytes for use in found)
-        rows.append(Row(shown, len(found), nbytes, found[0], first, len(times)))
+        rows.append(Row(shown, len(found), nbytes, found[0], first, len(runs)))
     return rows, places
 
 
@@ -70,12 +66,11 @@ def _names(uses: Sequence[ArrayUse], most: int) -> Mapping[str, str]:
     return names
 
 
-def _reads(
-    plan: Plan, program: Program, spans: Sequence[Span]
-) -> dict[str, list[tuple[int, float]]]:
-    reads: dict[str, list[tuple[int, float]]] = {}
+def reads_of(plan: Plan, program: Program) -> dict[str, list[int]]:
+    """The Runs that take each array, by their places in the plan."""
+    reads: dict[str, list[int]] = {name: [] for name in program.arrays}
     for index, action in enumerate(plan.actions):
         if isinstance(action, Run):
             for name in program.step(action.step).inputs:
-                reads.setdefault(name, []).append((index, spans[index].start_s))
+                reads[name].append(index)
     return reads

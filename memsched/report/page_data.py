@@ -1,14 +1,16 @@
 """What a page shows, as one JSON value: its script computes nothing that is not in here."""
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memsched.plan import Copy, Run
+from memsched.cost import Span
+from memsched.plan import Run
 from memsched.report.chapter import Chapter, Cover, check_chapters
-from memsched.report.page_arrays import rows_of
+from memsched.report.page_arrays import Row, reads_of, rows_of
 from memsched.report.reasons import reasons
 from memsched.report.sentences import sentences
 from memsched.report.timeline import (
@@ -76,6 +78,7 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
     lanes = sum(1 for use in summary.lanes.values() if use.actions)
     most = max(200, ALL_BLOCKS // (chapters * len(views) * max(1, lanes)))
     blocks = {view: lane_blocks(plan, program, spans, most) for view, spans in views.items()}
+    reads = reads_of(plan, program)
     return {
         "name": chapter.name,
         "count": chapter.count,
@@ -99,8 +102,8 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
                 "nbytes": use.nbytes,
                 "busy_s": use.busy_s,
                 "views": {
-                    view: _blocks(chapter, found.get(name, ()), places, texts)
-                    for view, found in blocks.items()
+                    view: _blocks(chapter, spans, blocks[view].get(name, ()), places, reads, texts)
+                    for view, spans in views.items()
                 },
             }
             for name, use in summary.lanes.items()
@@ -149,17 +152,31 @@ def _column(nbytes: NDArray[np.int64]) -> int | list[int]:
 
 
 def _blocks(
-    chapter: Chapter, blocks: Iterable[Block], places: Mapping[str, int], texts: _Texts
+    chapter: Chapter,
+    spans: Sequence[Span],
+    blocks: Iterable[Block],
+    places: Mapping[str, int],
+    reads: Mapping[str, Sequence[int]],
+    texts: _Texts,
 ) -> dict[str, list[Any]]:
-    """Columns of equal length. `what` is the first one's row of an array, or text of a step."""
+    """Columns of equal length. `name` and `last` are steps or arrays of the first and the last
+    action, `row` is the first one's row of an array, and `next` who reads an array that is alone.
+    """
     found = list(blocks)
-    what = []
-    for block in found:
-        match chapter.plan.actions[block.first]:
+    actions = chapter.plan.actions
+
+    def name(index: int) -> str:
+        match actions[index]:
             case Run(step=step):
-                what.append(texts(step))
-            case Copy(array=array):
-                what.append(places[array])
+                return step
+            case action:
+                return action.array
+
+    def next_use(block: Block) -> list[Any] | None:
+        if block.count > 1 or isinstance(actions[block.first], Run):
+            return None
+        return _next_use(chapter, spans, reads[name(block.first)], block.first, texts)
+
     return {
         "start_s": [_short(block.start_s) for block in found],
         "end_s": [_short(block.end_s) for block in found],
@@ -167,23 +184,48 @@ def _blocks(
         "first": [block.first for block in found],
         "count": [block.count for block in found],
         "nbytes": [block.nbytes for block in found],
-        "what": what,
+        "name": [texts(name(block.first)) for block in found],
+        "last": [texts(name(block.last)) for block in found],
+        "row": [places.get(name(block.first)) for block in found],
+        "next": [next_use(block) for block in found],
     }
 
 
-def _arrays(chapter: Chapter, rows: Sequence[Any], texts: _Texts) -> dict[str, list[Any]]:
+def _next_use(
+    chapter: Chapter, spans: Sequence[Span], reads: Sequence[int], copy: int, texts: _Texts
+) -> list[Any] | None:
+    """Step and start of the first Run behind a Copy that reads its array. The start is None where
+    that is in the next pass; nothing where no step reads it any more.
+    """
+    if (place := bisect.bisect(reads, copy)) < len(reads):
+        return [texts(_step(chapter, reads[place])), _short(spans[reads[place]].start_s)]
+    if reads and chapter.summary.repeated:
+        return [texts(_step(chapter, reads[0])), None]
+    return None
+
+
+def _step(chapter: Chapter, index: int) -> str:
+    """The step of an action that is a Run."""
+    action = chapter.plan.actions[index]
+    assert isinstance(action, Run)
+    return action.step
+
+
+def _arrays(chapter: Chapter, rows: Sequence[Row], texts: _Texts) -> dict[str, list[Any]]:
     summary = chapter.summary
     parts = summary.occupancy["device"].parts if "device" in summary.occupancy else {}
     rest_bytes = sum(n for part, n in parts.items() if part not in ("weight", "idle in the arena"))
     why = reasons(chapter.plan, chapter.program, chapter.machine, summary.arrays, rest_bytes)
-    actions = chapter.plan.actions
 
-    def step(index: int) -> int:
-        action = actions[index]
-        return texts(action.step if isinstance(action, Run) else "")
+    def first_use(row: Row) -> list[Any] | None:
+        if row.first_read is None:
+            return None
+        index, start_s = row.first_read
+        return [texts(_step(chapter, index)), _short(start_s)]
 
     return {
         "name": [texts(row.name) for row in rows],
+        "first": [texts(row.use.name) for row in rows],
         "count": [row.count for row in rows],
         "nbytes": [row.nbytes for row in rows],
         "kind": [texts(row.use.kind) for row in rows],
@@ -191,7 +233,7 @@ def _arrays(chapter: Chapter, rows: Sequence[Any], texts: _Texts) -> dict[str, l
         "codec": [texts(row.use.codec) for row in rows],
         "role": [texts(row.use.role) for row in rows],
         "why": [texts(why[row.use.name]) for row in rows],
-        "reads": [[[step(index), _short(when)] for index, when in row.reads] for row in rows],
+        "first_use": [first_use(row) for row in rows],
         "read_count": [row.read_count for row in rows],
     }
 

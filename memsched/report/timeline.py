@@ -46,12 +46,13 @@ class Stairs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
-    """Actions of one lane that are shown as one: `count` of them, from action `first` on."""
+    """Actions of one lane that are shown as one: `count` of them, from `first` to `last`."""
 
     start_s: float
     end_s: float
     busy_s: float
     first: int
+    last: int
     count: int
     nbytes: int
 
@@ -249,9 +250,10 @@ def _blocks(spans: Sequence[Span], sizes: Mapping[int, int], most: int) -> list[
                 span.end_s,
                 last.busy_s + took_s,
                 last.first,
+                span.index,
                 last.count + 1,
                 last.nbytes + nbytes,
             )
         else:
-            found.append(Block(span.start_s, span.end_s, took_s, span.index, 1, nbytes))
+            found.append(Block(span.start_s, span.end_s, took_s, span.index, span.index, 1, nbytes))
     return found

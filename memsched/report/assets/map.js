@@ -256,8 +256,8 @@ function tellRow(chapter, row) {
       ['part', `${textOf(arrays.role[row])}, ${textOf(arrays.tier[row])}`],
       ['codec', textOf(arrays.codec[row])],
       ['read', arrays.read_count[row] === 1 ? 'once' : `${count(arrays.read_count[row])} times`],
-      ['first use', nextUse(chapter, row, -Infinity)],
+      ['first use', useText(arrays.first_use[row])],
     ],
-    note: (many > 1 ? 'The first of them: ' : '') + textOf(arrays.why[row]),
+    note: whyText(chapter, row, textOf(arrays.name[row])),
   };
 }

@@ -104,8 +104,8 @@ function arraysTable(chapter, map) {
       worded('Codec', 'codec', 'wide'),
       { label: 'Reads', class: 'number wide', down: true, value: (row) => arrays.read_count[row],
         shown: (row) => count(arrays.read_count[row]) },
-      { label: 'First use', class: 'wide', value: (row) => arrays.reads[row][0]?.[1] ?? null,
-        shown: (row) => (arrays.reads[row].length ? seconds(arrays.reads[row][0][1]) : '–') },
+      { label: 'First use', class: 'wide', value: (row) => arrays.first_use[row]?.[1] ?? null,
+        shown: (row) => (arrays.first_use[row] ? seconds(arrays.first_use[row][1]) : '–') },
       worded('Why it is there', 'why', 'why wide'),
     ],
   });

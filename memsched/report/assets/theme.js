@@ -26,7 +26,7 @@ const live = document.getElementById('live');
 function showTip(told, x, y, { aloud = false } = {}) {
   const rows = told.rows.map(([name, value, shade]) =>
     element('div', {}, element('dt', {}, ...(shade ? [swatch(shade)] : []), name),
-      element('dd', {}, value)));
+      element('dd', {}, named(value))));
   tip.replaceChildren(
     element('strong', {}, named(told.title)),
     element('dl', {}, ...rows),

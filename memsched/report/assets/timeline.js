@@ -406,7 +406,7 @@ class Timeline {
     this._passes(context, width, height, view);
     // Over the veil, which would make words pale.
     for (const { n, left, wide } of seen) {
-      if (wide > 70) this._drawName(context, this._shortName(lane, blocks, n), left, wide, height);
+      if (wide > 70) this._drawName(context, this._shortName(blocks, n), left, wide, height);
       if (n === plot.chosen) {
         context.strokeStyle = color('focus');
         context.lineWidth = 2;
@@ -436,41 +436,28 @@ class Timeline {
     context.restore();
   }
 
-  _shortName(lane, blocks, n) {
-    const name = lane.name === 'compute' ? textOf(blocks.what[n])
-      : textOf(this.chapter.arrays.name[blocks.what[n]]);
-    return blocks.count[n] > 1 ? `${count(blocks.count[n])} actions` : name;
+  _shortName(blocks, n) {
+    return blocks.count[n] > 1 ? `${count(blocks.count[n])} actions` : textOf(blocks.name[n]);
   }
 
   _tellBlock(lane, view, n) {
     const blocks = lane.views[view];
     const [start, end, many] = [blocks.start_s[n], blocks.end_s[n], blocks.count[n]];
     const isRun = lane.name === 'compute';
-    const row = blocks.what[n];
-    const name = isRun ? textOf(row) : textOf(this.chapter.arrays.name[row]);
+    const name = textOf(blocks.name[n]);
     const rows = [
       ['lane', arrow(lane.name)], ['from', seconds(start)], ['for', seconds(end - start)]];
     if (!isRun) rows.push(['bytes', `${bytes(blocks.nbytes[n])} (${size(blocks.nbytes[n])})`]);
     if (many > 1) {
       const busy = end > start ? percent(blocks.busy_s[n] / (end - start)) : percent(1);
-      rows.push(['of this busy', busy]);
-      return { title: `${count(many)} actions, the first: ${name}`, rows, note: 'Too short to be '
+      rows.push(['of this busy', busy], ['the last', textOf(blocks.last[n])]);
+      return { title: `The first of ${count(many)} actions: ${name}`, rows, note: 'Too short to be '
         + 'shown one by one; the Perfetto file has all of them.' };
     }
     if (isRun) return { title: name, rows, note: `Step, ${view}.` };
-    if (view === 'predicted') rows.push(['next use', nextUse(this.chapter, row, end)]);
-    return { title: name, rows, note: textOf(this.chapter.arrays.why[row]) };
+    rows.push(['next use', useText(blocks.next[n])]);
+    return { title: name, rows, note: whyText(this.chapter, blocks.row[n], name) };
   }
-}
-
-// The first step after a time that reads an array of this row.
-function nextUse(chapter, row, time) {
-  const reads = chapter.arrays.reads[row];
-  const found = reads.find(([, when]) => when >= time - 1e-9 * Math.max(1, Math.abs(time)));
-  if (found) return `${textOf(found[0])}, at ${seconds(found[1])}`;
-  if (chapter.arrays.read_count[row] > reads.length) return 'later in this plan';
-  if (reads.length && chapter.repeated) return `${textOf(reads[0][0])}, in the next pass`;
-  return 'none in this plan';
 }
 
 // The last of so many that begins at a time or before; 0 if all begin later.

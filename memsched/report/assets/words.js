@@ -36,6 +36,20 @@ function seconds(number) {
 }
 
 const percent = (share) => `${digits(100 * share)} %`;
+// A step that reads an array, and when: without a time, in the next pass.
+function useText(use) {
+  if (use === null) return 'none in this plan';
+  const [step, time] = use;
+  return `${textOf(step)}, ${time === null ? 'in the next pass' : `at ${seconds(time)}`}`;
+}
+
+// Why an array is where it is. Of many that share a row only the first one's reason is known.
+function whyText({ arrays }, row, name) {
+  const [first, many] = [textOf(arrays.first[row]), arrays.count[row]];
+  const whose = name === first ? '' : `Of ${first}, the first of ${count(many)}: `;
+  return whose + textOf(arrays.why[row]);
+}
+
 const arrow = (lane) => lane.replaceAll('->', ' → ');
 
 function element(tag, attributes = {}, ...children) {
