@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from memsched.cost import Span
 from memsched.errors import ProgramError
@@ -19,7 +20,8 @@ class Chapter:
     `predicted` are spans as of `timeline.usual_spans`; `measured` those of a run, empty before it,
     and `lines` how the two compare. The plan is carried out `count` times, each for `tokens`
     tokens (0: that means nothing here), after weights have moved for `moving_s` once. `gains_s` is
-    by how much the bound falls with more of something, as of `what_if.gains_s`.
+    by how much the bound falls with more of something, as of `what_if.gains_s`. `workspaces` are
+    rows of `step`, `estimated_bytes`, `compiled_bytes` (XLA's) and `ratio`, if it was compiled.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Chapter:
     tokens: int = 0
     moving_s: float = 0.0
     gains_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    workspaces: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -112,6 +112,10 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
         "baselines": [[name, seconds] for name, seconds in summary.baselines.items()],
         "prices_s_per_gb": dict(summary.prices_s_per_gb),
         "gains_s": dict(chapter.gains_s),
+        "workspaces": [
+            [row["step"], row["estimated_bytes"], row["compiled_bytes"], row["ratio"]]
+            for row in chapter.workspaces
+        ],
         "lines": [[one.what, one.unit, one.predicted, one.measured] for one in chapter.lines],
     }
 

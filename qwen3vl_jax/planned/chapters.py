@@ -13,6 +13,7 @@ from qwen3vl_jax.planned.forecast_data import (
     request_seconds,
     request_text,
     tokens_of,
+    workspaces,
 )
 from qwen3vl_jax.planned.runner import PlannedRunner
 
@@ -21,6 +22,7 @@ def forecast_chapters(found: Forecast) -> list[Chapter]:
     """One for each pass, in order."""
     machine, cost = found.machine, found.cost
     chapters = []
+    compiled = workspaces(found)
     for one in found.passes:
         plan, program = one.plan, one.traced.program
         last = one is found.passes[-1]
@@ -36,6 +38,7 @@ def forecast_chapters(found: Forecast) -> list[Chapter]:
                 tokens=tokens_of(one),
                 moving_s=one.moving_s,
                 gains_s=found.gains_s if last else {},
+                workspaces=[row for row in compiled if row["pass"] == one.work.name],
             )
         )
     return chapters

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from browser import Browser
 
 from memsched.aot import Compiler, Workspace
 from memsched.errors import DoesNotFitError
@@ -19,10 +20,12 @@ from memsched.machine import Machine
 from memsched.plan import Run
 from memsched.profiles import load_machine
 from memsched.program import Program
+from memsched.report.page import page
 from memsched.tracing.function import Kernels
 from qwen3vl_jax.config import Config, load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.network import abstract_network
+from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
 from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.forecast_data import forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
@@ -322,6 +325,47 @@ def test_both_figures_are_in_the_text_and_in_the_data() -> None:
         (said,) = [line for line in text.splitlines() if f" {row['pass']}: {row['step']} " in line]
         figures = said.split()[-2:] if row["ratio"] is None else said.split()[-3:-1]
         assert figures == [f"{row['estimated_bytes']:,}", "5,242,880"]
+
+
+WORKSPACES = "document.querySelector('section[aria-label=Workspaces]')"
+
+
+def shown(opened: Browser) -> list[list[str]]:
+    """The exact values of the table of workspaces, row by row."""
+    found: list[list[str]] = opened.value(
+        f"[...{WORKSPACES}.querySelectorAll('tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.dataset.value))"
+    )
+    return found
+
+
+def test_both_figures_are_in_a_table_of_the_page_that_sorts(
+    opened: Browser, tmp_path: Path
+) -> None:
+    here, path = compiled(5 << 20), tmp_path / "report.html"
+    path.write_text(page(forecast_chapters(here), forecast_cover(here)), "utf-8")
+    opened.show(path)
+    for place, one in reversed([*enumerate(here.passes)]):
+        opened.value(f"document.getElementById('tab-{place}').click()")
+        rows = [row for row in forecast_dict(here)["workspaces"] if row["pass"] == one.work.name]
+        columns = ("step", "estimated_bytes", "compiled_bytes", "ratio")
+        wanted = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+        assert sorted(row[:3] for row in shown(opened)) == sorted(row[:3] for row in wanted)
+        ratios = [sorted(float(row[3] or 0) for row in table) for table in (shown(opened), wanted)]
+        assert ratios[0] == ratios[1]
+        for click in range(2):
+            opened.value(f"{WORKSPACES}.querySelectorAll('th button')[1].click()")
+            estimates = [int(row[1]) for row in shown(opened)]
+            assert estimates == sorted((row["estimated_bytes"] for row in rows), reverse=not click)
+    assert opened.complaints == []
+
+
+def test_without_a_compiler_the_page_has_no_such_table(opened: Browser, tmp_path: Path) -> None:
+    here, path = planned("dense", ROOMY), tmp_path / "report.html"
+    path.write_text(page(forecast_chapters(here), forecast_cover(here)), "utf-8")
+    opened.show(path)
+    assert opened.value(f"{WORKSPACES} === null")
+    assert opened.value("document.querySelector('section[aria-label=Lanes]') !== null")
 
 
 def test_without_a_compiler_workspaces_are_called_estimates() -> None:

@@ -72,7 +72,7 @@ function choose(place) {
   const panel = document.getElementById('chapter');
   panel.setAttribute('aria-labelledby', `tab-${place}`);
   const tables = [comparisonTable(chapter), lanesTable(chapter), baselinesTable(chapter),
-    pricesTable(chapter)].filter(Boolean);
+    pricesTable(chapter), workspacesTable(chapter)].filter(Boolean);
   panel.replaceChildren(inNumbers(chapter), timeline.root,
     element('div', { class: 'pair' }, ...tables), map.root, arraysTable(chapter, map));
   shown = () => { timeline.draw(); map.draw(); };

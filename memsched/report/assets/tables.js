@@ -229,3 +229,23 @@ function comparisonTable(chapter) {
   return element('section', { class: 'part', 'aria-label': 'Predicted and measured' },
     element('h2', {}, 'Predicted and measured'), table.root);
 }
+
+// What XLA assigns to steps that it has compiled, beside what was estimated from their equations.
+function workspacesTable(chapter) {
+  if (!chapter.workspaces.length) return null;
+  const figures = (label, place) => ({ label, class: 'number', down: true,
+    value: (row) => row[place], shown: (row) => sizeCell(row[place]) });
+  const table = sortable({
+    caption: 'Of every kind of step: our estimate, and what XLA assigns, which this plan counts.',
+    rows: chapter.workspaces, more: SHOWN, sort: { by: 2, down: true },
+    columns: [
+      { label: 'Step', class: 'name', value: ([step]) => step, shown: ([step]) => named(step) },
+      figures('Estimated', 1),
+      figures('XLA', 2),
+      { label: 'Ratio', class: 'number', down: true, value: ([, , , ratio]) => ratio,
+        shown: ([, , , ratio]) => (ratio === null ? '–' : digits(ratio)) },
+    ],
+  });
+  return element('section', { class: 'part', 'aria-label': 'Workspaces' },
+    element('h2', {}, 'Workspace of steps'), table.root);
+}
