@@ -5,8 +5,9 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-WIDTH, HEIGHT = 800.0, 320.0
-LEFT, RIGHT, TOP, BOTTOM = 70.0, 20.0, 30.0, 40.0
+# As wide as the window of a telephone, where its words must still be read.
+WIDTH, HEIGHT = 400.0, 240.0
+LEFT, RIGHT, TOP, BOTTOM = 76.0, 36.0, 30.0, 40.0
 TICKS = 5
 
 

@@ -25,7 +25,10 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
 body {{ max-width: 60rem; margin: 1rem auto; padding: 0 1rem; }}
-svg {{ width: 100%; height: auto; }}
+h1, p, li {{ overflow-wrap: anywhere; }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
+  gap: 1rem; }}
+svg {{ width: 100%; max-width: 36rem; height: auto; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
 th, td {{ padding: .2rem .8rem; text-align: right; white-space: nowrap; }}
 th:last-child, td:last-child {{ text-align: left; }}
@@ -33,7 +36,7 @@ th:last-child, td:last-child {{ text-align: left; }}
 <h1>{title}</h1>
 <p>times: {basis}</p>
 <ul>{knees}</ul>
-{plots}
+<div class="plots">{plots}</div>
 <table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
 </body></html>
 """

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from browser import Browser
 
 from memsched.cost import Roofline
 from memsched.errors import DoesNotFitError
@@ -24,6 +25,7 @@ from qwen3vl_jax.planned.forecast import forecast
 from qwen3vl_jax.planned.knees import knees, value_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.sweep import Point, Sweep, parse_sweep, run_sweep
+from qwen3vl_jax.planned.sweep_report import Swept, write_sweep
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "plan.py"
@@ -256,6 +258,40 @@ def test_the_script_prints_writes_and_draws(
     assert [one["fits"] for one in data["points"]] == [False, True, True, True]
     assert page.count("<tr>") == 1 + len(data["points"])
     assert {knee["what"].split(" ")[0] for knee in data["knees"]} >= {"below", "beyond"}
+
+
+@pytest.mark.parametrize("axis", ["disk-rate=200MB/s..12.5GB/s", "context=4096..262144"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_can_be_read_in_its_window(
+    opened: Browser, tmp_path: Path, width: int, axis: str
+) -> None:
+    sweep, path = parse_sweep(axis, 5), tmp_path / "sweep.html"
+    points = tuple(
+        Point(value, 0.000123 * 7**place, 1234.5 / 7**place, "nvme->device")
+        for place, value in enumerate(sweep.values)
+    )
+    title = "qwen3_vl_moe, bfloat16, on i5-10210u-sm61-nvme: " + sweep.axis
+    write_sweep(path, Swept(title, "the machine's rates; nothing was measured", sweep, points))
+    opened.show(path, width=width)
+    assert opened.value("document.documentElement.scrollWidth") == width
+    assert opened.value("document.querySelectorAll('svg').length") == 2
+    heights = opened.value(
+        "[...document.querySelectorAll('svg text')].map(text =>"
+        "parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)"
+    )
+    assert len(heights) == 2 * (1 + 5 + 5)
+    assert all(10 <= height <= 20 for height in heights), heights
+    boxes = "[...s.querySelectorAll('text')].map(text => text.getBoundingClientRect())"
+    plots = f"[...document.querySelectorAll('svg')].map(s => [s.getBoundingClientRect(), {boxes}])"
+    outside, overlapping = opened.value(
+        "(all => [all.flatMap(([svg, texts]) => texts.filter(text => text.left < svg.left"
+        "|| text.right > svg.right || text.bottom > svg.bottom)).length,"
+        "all.flatMap(([, texts]) => texts.flatMap((a, n) => texts.slice(n + 1).filter(b =>"
+        "a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom))).length])"
+        f"({plots})"
+    )
+    assert (outside, overlapping) == (0, 0)
+    assert opened.complaints == []
 
 
 def test_two_plans_are_compared_from_either_kind_of_file(
