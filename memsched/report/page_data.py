@@ -77,8 +77,6 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
     )
     lanes = sum(1 for use in summary.lanes.values() if use.actions)
     most = max(200, ALL_BLOCKS // (chapters * len(views) * max(1, lanes)))
-    blocks = {view: lane_blocks(plan, program, spans, most) for view, spans in views.items()}
-    reads = reads_of(plan, program)
     return {
         "name": chapter.name,
         "count": chapter.count,
@@ -95,19 +93,7 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
         "range_s": list(range_s),
         "sentences": sentences(chapter),
         "tiers": _tiers(chapter, views, range_s, chapters),
-        "lanes": [
-            {
-                "name": name,
-                "actions": use.actions,
-                "nbytes": use.nbytes,
-                "busy_s": use.busy_s,
-                "views": {
-                    view: _blocks(chapter, spans, blocks[view].get(name, ()), places, reads, texts)
-                    for view, spans in views.items()
-                },
-            }
-            for name, use in summary.lanes.items()
-        ],
+        "lanes": _lanes(chapter, views, places, most, texts),
         "arrays": _arrays(chapter, rows, texts),
         "baselines": [[name, seconds] for name, seconds in summary.baselines.items()],
         "prices_s_per_gb": dict(summary.prices_s_per_gb),
@@ -153,6 +139,31 @@ def _tiers(
 def _column(nbytes: NDArray[np.int64]) -> int | list[int]:
     """A number instead of a list of equal ones."""
     return int(nbytes[0]) if (nbytes == nbytes[0]).all() else nbytes.tolist()
+
+
+def _lanes(
+    chapter: Chapter,
+    views: Mapping[str, Sequence[Span]],
+    places: Mapping[str, int],
+    most: int,
+    texts: _Texts,
+) -> list[dict[str, Any]]:
+    plan, program = chapter.plan, chapter.program
+    reads = reads_of(plan, program)
+    blocks = {view: lane_blocks(plan, program, spans, most) for view, spans in views.items()}
+    return [
+        {
+            "name": name,
+            "actions": use.actions,
+            "nbytes": use.nbytes,
+            "busy_s": use.busy_s,
+            "views": {
+                view: _blocks(chapter, spans, blocks[view].get(name, ()), places, reads, texts)
+                for view, spans in views.items()
+            },
+        }
+        for name, use in chapter.summary.lanes.items()
+    ]
 
 
 def _blocks(
