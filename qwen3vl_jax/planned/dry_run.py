@@ -86,8 +86,8 @@ def dry_run(
     assert refused is not None
     compiled = compiler is not None
     smallest = refused.smallest if isinstance(refused, DoesNotFitError) else {}
-    dtype_name = asked.dtype.name
-    data = refusal_dict(smallest, config, machine, request, dtype_name, compiled=compiled)
+    how = asked.dtype.name, asked.cost
+    data = refusal_dict(smallest, config, machine, request, *how, compiled=compiled)
     return DryRun(data, None, refused)
 
 

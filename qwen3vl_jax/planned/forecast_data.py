@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from memsched.aot import Workspace
-from memsched.cost import plan_seconds
+from memsched.cost import CostModel, plan_seconds
 from memsched.cost.learned import at_quantile, describe
 from memsched.machine import Machine
 from memsched.report import to_dict as summaries_to_dict
@@ -41,7 +41,6 @@ def forecast_dict(found: Forecast) -> dict[str, Any]:
         "request_seconds": request_seconds(found),
         "assumptions": forecast_assumptions(found)
         | {
-            "seconds": describe(found.cost),
             "prompt_length": found.request.prompt_length(found.config),
             "max_context": found.request.capacity(found.config),
         },
@@ -90,6 +89,7 @@ def refusal_dict(
     machine: Machine,
     request: Request,
     dtype: str,
+    cost: CostModel,
     *,
     compiled: bool,
 ) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def refusal_dict(
         "prices": {},
         "baselines": {},
         "arrays": [],
-        "assumptions": assumptions(config, machine, request, dtype, compiled=compiled),
+        "assumptions": assumptions(config, machine, request, dtype, cost, compiled=compiled),
         "plan_seconds": None,
         "workspaces": [],
     }
@@ -110,7 +110,7 @@ def refusal_dict(
 
 def forecast_assumptions(found: Forecast) -> dict[str, Any]:
     """What a forecast rests on."""
-    asked = found.config, found.machine, found.request, found.dtype
+    asked = found.config, found.machine, found.request, found.dtype, found.cost
     return assumptions(*asked, compiled=is_compiled(found))
 
 
@@ -120,7 +120,13 @@ def is_compiled(found: Forecast) -> bool:
 
 
 def assumptions(
-    config: Config, machine: Machine, request: Request, dtype: str, *, compiled: bool
+    config: Config,
+    machine: Machine,
+    request: Request,
+    dtype: str,
+    cost: CostModel,
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
     """The same of any request, whether it fits or not."""
     text = config.text
@@ -137,7 +143,7 @@ def assumptions(
         "dtype": dtype,
         "request": dataclasses.asdict(request),
         "chunk_tokens": PREFILL_CHUNK,
-        "seconds": "the machine's rates; steps and transfers overlap as the plan allows",
+        "seconds": describe(cost),
         "prices": "tokens/s by the bound: 1 GB more of a tier; disk, bus, compute twice as fast",
         "workspace": workspace_source(machine, compiled=compiled),
         "experts": "all experts of a layer are brought, whoever is chosen",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from memsched.cost.learned import describe
 from memsched.report.rendering import Group, RenderableType, columns, line, plain
 from memsched.report.text import bound_text, seconds_text, view
 from memsched.sizes import LARGEST_BYTES
@@ -53,6 +54,7 @@ def _headline(found: Forecast) -> list[RenderableType]:
             f"  planned in {found.plan_seconds:.2f} s ({found.plan_cpu_seconds:.2f} s of CPU); "
             f"the whole request takes {seconds_text(request_seconds(found))}"
         ),
+        line(f"  times: {describe(found.cost)}"),
         line(""),
         *_speed(found),
         line(""),

@@ -1,67 +1,33 @@
 """Learned cost models: what they say of programs, and what is believed of their files."""
 
 import dataclasses
+import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import learned_costs
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from learned_costs import DTYPES, KINDS, SLOWDOWN
 from programs import array, program, tiny_machine
 
 from memsched.cost import Roofline, Span, plan_seconds, simulate
-from memsched.cost.coefficients import (
-    DURATIONS_S,
-    Coefficients,
-    LinkCoefficients,
-    run_log_seconds,
-    shapes,
-    table,
-)
+from memsched.cost.coefficients import run_log_seconds, table
 from memsched.cost.coefficients_file import cost_beside, cost_file, from_json, to_json, write_cost
 from memsched.cost.contention import BesideCopies, physical_slowdown
 from memsched.cost.drift import drifts
 from memsched.cost.features import RunFeatures, row_class, run_features
 from memsched.cost.learned import LearnedCost, at_quantile, describe
-from memsched.cost.rates import rates_digest
 from memsched.errors import DamagedError, ProgramError
-from memsched.machine import Machine
 from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Step
 
 MACHINE = tiny_machine(flops_per_s=1e11, nvme_bytes_per_s=1e9)
-DTYPES, KINDS = ("bfloat16", "float32"), ("layer", "norm")
-SLOWDOWN = 2.0
-
-
-def coefficients(machine: Machine = MACHINE, seed: int = 0) -> Coefficients:
-    """Some numbers of plausible size; nothing was fitted."""
-    rng = np.random.default_rng(seed)
-    middle = {"overhead_s": -11.0, "sharpness": 0.7, "kind": 0.0, "slope": 0.0, "excess": 0.0}
-    run = {
-        name: middle.get(name, 23.0) + 0.3 * rng.standard_normal(shape)
-        for name, shape in shapes(len(DTYPES), len(KINDS)).items()
-    }
-    run["excess"] = np.full(2, math.log(SLOWDOWN - 1))
-    link = LinkCoefficients(1e9, 1e-4, 1e-5, 1e9, 1.5, {"0.9": 1.3})
-    margins = {"0.9": tuple(0.1 * (index + 1) for index in range(len(DURATIONS_S) + 1))}
-    return Coefficients(
-        machine=rates_digest(machine),
-        identity="0" * 16,
-        cases=7,
-        profile_flops_per_s=machine.compute.flops_per_s,
-        profile_bytes_per_s=machine.compute.bytes_per_s,
-        dtypes=DTYPES,
-        kinds=KINDS,
-        run=run,
-        margins=margins,
-        links={"nvme->device": link},
-    )
-
+coefficients = functools.partial(learned_costs.coefficients, MACHINE)
 
 TWO = program(
     [

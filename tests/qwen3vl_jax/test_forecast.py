@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tiny
 from browser import Browser
+from learned_costs import coefficients
 
 from memsched.aot import Compiler, Workspace
+from memsched.cost.learned import LearnedCost
 from memsched.errors import DoesNotFitError
 from memsched.machine import Machine
 from memsched.plan import Run
@@ -27,7 +29,7 @@ from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.network import abstract_network
 from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
 from qwen3vl_jax.planned.forecast import Forecast, forecast
-from qwen3vl_jax.planned.forecast_data import forecast_dict
+from qwen3vl_jax.planned.forecast_data import forecast_dict, refusal_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
@@ -179,6 +181,29 @@ def test_what_fits_stays() -> None:
     assert data["phases"]["decode"]["link_bytes"]["host->device"] == 0
     assert list(data["baselines"]) == ["resident"]
     assert data["gap"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "says"),
+    [
+        (True, "learned from 7 measured programs on this machine"),
+        (False, "the profile's rates; nothing was measured, scripts/calibrate.py does that"),
+    ],
+)
+def test_text_data_and_page_say_what_the_times_rest_on(calibrated: bool, says: str) -> None:
+    machine = profile("laptop-cpu")
+    cost = LearnedCost(coefficients(machine)) if calibrated else None
+    here = forecast(config("dense"), machine, Request(20, 7), dtype=FLOAT32, cost=cost)
+    assert forecast_dict(here)["assumptions"]["seconds"] == says
+    assert forecast_cover(here).assumptions["seconds"] == says
+    assert f"\n  times: {says}\n" in forecast_text(here)
+
+
+def test_a_refusal_says_what_times_would_have_rested_on() -> None:
+    machine = profile("laptop-cpu")
+    cost, asked = LearnedCost(coefficients(machine)), Request(20, 7)
+    refused = refusal_dict({}, config("dense"), machine, asked, "float32", cost, compiled=False)
+    assert refused["assumptions"]["seconds"].startswith("learned from 7 measured programs")
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
