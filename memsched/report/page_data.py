@@ -11,8 +11,8 @@ from memsched.cost import Span
 from memsched.plan import Run
 from memsched.report.chapter import Chapter, Cover, check_chapters
 from memsched.report.page_arrays import Row, reads_of, rows_of
-from memsched.report.reasons import reasons
 from memsched.report.sentences import sentences
+from memsched.report.stories import stories
 from memsched.report.timeline import (
     PARTS,
     Block,
@@ -227,10 +227,7 @@ def _step(chapter: Chapter, index: int) -> str:
 
 
 def _arrays(chapter: Chapter, rows: Sequence[Row], texts: _Texts) -> dict[str, list[Any]]:
-    summary = chapter.summary
-    parts = summary.occupancy["device"].parts if "device" in summary.occupancy else {}
-    rest_bytes = sum(n for part, n in parts.items() if part not in ("weight", "idle in the arena"))
-    why = reasons(chapter.plan, chapter.program, chapter.machine, summary.arrays, rest_bytes)
+    why = stories(chapter.plan, chapter.program, chapter.summary.arrays)
 
     def first_use(row: Row) -> list[Any] | None:
         if row.first_read is None:

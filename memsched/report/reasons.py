@@ -1,142 +1,102 @@
-"""Why an array is where it is, in a sentence: only what follows from the plan itself."""
+"""Why an array is where it is: a clause that text, data and page say alike.
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+A clause follows from the plan itself. `{it}` and `{its}` stand for one array or for several.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
 
 from memsched.cost import is_steady
 from memsched.machine import DEVICE, Machine
-from memsched.plan import Copy, Free, Plan, Run
+from memsched.plan import Plan
 from memsched.program import Program
-from memsched.report.summary import ArrayUse
-from memsched.sizes import format_size
+from memsched.report.occupancy import IDLE, Occupancy
 
+# pinned: a weight that stays on the device. streamed: one that is copied there, from the tier that
+# keeps it. spilled: leaves the device and comes back. resident: given and stays. passing: given or
+# made, and freed. unread: a weight that no step of this program reads.
+Role = Literal["pinned", "streamed", "spilled", "resident", "passing", "unread"]
 
-@dataclasses.dataclass(slots=True)
-class _Story:
-    """What happens to one array: links it crosses, steps around its moves, steps that read it."""
-
-    links: list[str] = dataclasses.field(default_factory=list)
-    readers: list[str] = dataclasses.field(default_factory=list)
-    maker: str = ""
-    left_after: str = ""
-    back_before: str = ""
-    freed: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Facts:
-    """What is the same for all arrays of a plan. `rest_bytes` is the device's peak without the
-    weights; `lies` has the tiers in which an array lies before and after the plan.
-    """
-
-    repeated: bool
-    capacity_bytes: int
-    wanted_bytes: int
-    rest_bytes: int
-    before: Mapping[str, Sequence[str]]
-    after: Mapping[str, Sequence[str]]
+EVERY_PASS = "every pass reads {it}"
+OTHER_PLAN = "another plan reads {it}"
+NEXT_NEEDS = "what comes next needs {it}"
+NEXT_FINDS = "the next plan finds {it} on the device"
+GIVES_UP = "the plan before kept {it}, this one does not"
+NO_ROOM = "there is no room to keep {it}"
+ROOM_FOR_NEXT = "{its} room is kept for the next plan"
+COULD_STAY = "nothing keeps {it}, though all weights that are read would fit"
+MEANWHILE = "others need {its} room meanwhile"
+FREED = "others get {its} room"
+UNREAD = "no step of this plan reads {it}"
 
 
 def reasons(
-    plan: Plan, program: Program, machine: Machine, uses: Sequence[ArrayUse], rest_bytes: int
+    plan: Plan, program: Program, machine: Machine, roles: Mapping[str, Role], device: Occupancy
 ) -> dict[str, str]:
-    """A sentence for each array. `rest_bytes` is what the device holds besides weights at most."""
-    stories = _stories(plan, program)
-    wanted = {name for step in program.steps for name in step.reads}
-    wanted &= set(program.of_kind("weight"))
-    facts = _Facts(
-        is_steady(plan, program),
-        machine.tier(DEVICE).capacity_bytes,
-        sum(program.arrays[name].nbytes for name in wanted),
-        rest_bytes,
-        _tiers_by_array((rest.array, rest.tier) for rest in plan.entry),
-        _tiers_by_array((rest.array, rest.tier) for rest in plan.exit),
+    """A clause for each array. `device` is the device's fullest moment."""
+    read = {name for step in program.steps for name in step.inputs}
+    repeated = is_steady(plan, program)
+    before, after = (
+        {rest.array for rest in rests if rest.tier == DEVICE} for rests in (plan.entry, plan.exit)
     )
-    return {use.name: _reason(use, stories.get(use.name, _Story()), facts) for use in uses}
+    not_kept = _why_not_kept(program, machine, roles, read, device)
+
+    def streamed(name: str) -> str:
+        if name not in read:
+            return OTHER_PLAN
+        if name in after and name not in before:
+            return NEXT_FINDS
+        if name in before and name not in after and not repeated:
+            return GIVES_UP
+        return not_kept
+
+    def reason(name: str, role: Role) -> str:
+        match role:
+            case "pinned" if name not in read:
+                return OTHER_PLAN
+            case "pinned":
+                return EVERY_PASS if repeated else NEXT_NEEDS
+            case "streamed":
+                return streamed(name)
+            case "spilled":
+                return MEANWHILE
+            case "resident":
+                return NEXT_NEEDS
+            case "passing":
+                return FREED
+            case "unread":
+                return UNREAD
+
+    return {name: reason(name, role) for name, role in roles.items()}
 
 
-def _tiers_by_array(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, tier in pairs:
-        found.setdefault(name, []).append(tier)
-    return found
+def of_one(reason: str) -> str:
+    """A clause about one array."""
+    return reason.format(it="it", its="its")
 
 
-def _stories(plan: Plan, program: Program) -> dict[str, _Story]:
-    stories = {name: _Story() for name in program.arrays}
-    step = ""
-    for action in plan.actions:
-        match action:
-            case Run(step=step):
-                for name in program.step(step).inputs:
-                    story = stories[name]
-                    story.readers.append(step)
-                    if story.left_after and not story.back_before:
-                        story.back_before = step
-                for name in program.step(step).writes:
-                    stories[name].maker = stories[name].maker or step
-            case Copy(array=name, source=source, target=target):
-                stories[name].links.append(f"{source}->{target}")
-                if source == DEVICE and not stories[name].left_after:
-                    stories[name].left_after = step or "the start"
-            case Free(array=name, tier=tier):
-                stories[name].freed |= tier == DEVICE
-    return stories
+def of_many(reason: str) -> str:
+    """A clause about several."""
+    return reason.format(it="them", its="their")
 
 
-def _reason(use: ArrayUse, story: _Story, facts: _Facts) -> str:
-    match use.role:
-        case "pinned":
-            return _pinned(story, facts)
-        case "streamed":
-            return _streamed(use, story, facts)
-        case "spilled":
-            return (
-                f"Others need its room for a while: it leaves after step {story.left_after} and is "
-                f"back before step {story.back_before or 'the end'}."
-            )
-        case "resident":
-            return "Is given, and stays for what comes next."
-        case "passing":
-            made = f"Made by step {story.maker}" if story.maker else "Given"
-            last = f", last read by step {story.readers[-1]}" if story.readers else ", read by none"
-            return f"{made}{last}, then freed."
-        case "unread":
-            waits = [tier for tier in facts.before.get(use.name, ()) if tier != use.tier]
-            where = f"waits in {waits[0]} for another plan" if waits else "stays in its file"
-            return f"No step of this plan reads it: it {where}."
-
-
-def _pinned(story: _Story, facts: _Facts) -> str:
-    if not story.readers:
-        return "Stays on the device for another plan: no step of this one reads it."
-    if not facts.repeated:
-        return f"Lies on the device before and after; {_readers(story)}."
-    return f"Stays on the device, so that no pass moves it; {_readers(story)}."
-
-
-def _streamed(use: ArrayUse, story: _Story, facts: _Facts) -> str:
-    before, after = (DEVICE in rests.get(use.name, ()) for rests in (facts.before, facts.after))
-    way = " and ".join(dict.fromkeys(story.links))
-    if not story.readers:
-        return f"Moves over {way} for another plan: no step of this one reads it."
-    if after and not before:
-        return f"Comes over {way} and stays for the next plan; {_readers(story)}."
-    if before and not after and not facts.repeated:
-        return f"Was left on the device, and gives up its place; {_readers(story)}."
-    short_bytes = facts.wanted_bytes + facts.rest_bytes - facts.capacity_bytes
-    why = (
-        f"The weights that are read do not fit beside the rest: {format_size(short_bytes)} too much"
-        if short_bytes > 0
-        else "It is not kept, though all weights that are read would fit"
+def _why_not_kept(
+    program: Program,
+    machine: Machine,
+    roles: Mapping[str, Role],
+    read: set[str],
+    device: Occupancy,
+) -> str:
+    """Of weights that are brought in every pass: what has the room that they would need."""
+    weights = program.of_kind("weight")
+    wanted_bytes = sum(program.arrays[name].nbytes for name in weights if name in read)
+    for_next_bytes = sum(
+        program.arrays[name].nbytes
+        for name in weights
+        if roles[name] == "pinned" and name not in read
     )
-    return f"{why}. This one comes over {way}; {_readers(story)}, then its place is used again."
-
-
-def _readers(story: _Story) -> str:
-    first, *others = dict.fromkeys(story.readers)
-    return (
-        f"step {first} reads it"
-        if not others
-        else (f"{len(others) + 1:,} steps read it, the first is {first}")
-    )
+    rest_bytes = sum(n for part, n in device.parts.items() if part not in ("weight", IDLE))
+    room_bytes = machine.tier(DEVICE).capacity_bytes - rest_bytes - wanted_bytes
+    if room_bytes < 0:
+        return NO_ROOM
+    return ROOM_FOR_NEXT if room_bytes < for_next_bytes else COULD_STAY

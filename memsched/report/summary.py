@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
 
 from memsched.cost import CostModel, is_steady, lane_of, plan_seconds
 from memsched.machine import DEVICE, HOST, NVME, Machine
@@ -12,29 +11,15 @@ from memsched.plan import Copy, Plan, Run
 from memsched.program import Program
 from memsched.report.bound import Bound, bound_and_prices
 from memsched.report.occupancy import Occupancy, occupancy
-
-# pinned: a weight that stays on the device. streamed: one that is copied there, from the tier that
-# keeps it. spilled: leaves the device and comes back. resident: given and stays. passing: given or
-# made, and freed. unread: a weight that no step of this program reads.
-Role = Literal["pinned", "streamed", "spilled", "resident", "passing", "unread"]
-
-
-_REASONS: Mapping[Role, str] = {
-    "pinned": "stays on the device, so that no pass moves it",
-    "streamed": "there is no room to keep it",
-    "spilled": "others need its room until it is read again",
-    "resident": "is given, and given back in its place",
-    "passing": "is freed after its last reader",
-    "unread": "no step of this phase reads it",
-}
+from memsched.report.reasons import Role, of_one, reasons
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrayUse:
-    """An array, the slowest tier that it comes from or goes to, and its part in the plan.
+    """An array, the slowest tier that it comes from or goes to, its part in the plan, and why.
 
-    `moves` counts its copies to the device in one pass. `codec_reason` is why it has its codec,
-    where one was chosen.
+    `reason` is a clause of `reasons`. `moves` counts its copies to the device in one pass.
+    `codec_reason` is why it has its codec, where one was chosen.
     """
 
     name: str
@@ -43,6 +28,7 @@ class ArrayUse:
     tier: str
     codec: str
     role: Role
+    reason: str
     moves: int = 0
     codec_reason: str = ""
 
@@ -52,7 +38,7 @@ class ArrayUse:
         often = "" if self.moves < 2 else f", {self.moves} times a pass"
         moved = f"; comes from {self.tier}{often}" if self.moves else ""
         codec = f"; {self.codec_reason}" if self.codec_reason else ""
-        return f"{self.role}: {_REASONS[self.role]}{moved}{codec}"
+        return f"{self.role}: {of_one(self.reason)}{moved}{codec}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,6 +101,7 @@ def summarize(
 ) -> Summary:
     """What a plan that is right does. `baselines` are passed on."""
     bound, prices_s_per_gb = bound_and_prices(plan, program, machine, cost)
+    fullest = occupancy(plan, program, machine)
     return Summary(
         steps=len(program.steps),
         runs=sum(isinstance(action, Run) for action in plan.actions),
@@ -122,9 +109,9 @@ def summarize(
         repeated=is_steady(plan, program),
         seconds=plan_seconds(plan, program, machine, cost),
         bound=bound,
-        occupancy=occupancy(plan, program, machine),
+        occupancy=fullest,
         lanes=_lanes(plan, program, machine, cost),
-        arrays=_arrays(plan, program),
+        arrays=_arrays(plan, program, machine, fullest[DEVICE]),
         baselines=dict(baselines or {}),
         prices_s_per_gb=prices_s_per_gb,
     )
@@ -145,24 +132,34 @@ def _lanes(plan: Plan, program: Program, machine: Machine, cost: CostModel) -> d
     return {lane: LaneUse(actions[lane], nbytes[lane], busy_s.get(lane, 0.0)) for lane in lanes}
 
 
-def _arrays(plan: Plan, program: Program) -> tuple[ArrayUse, ...]:
+def _arrays(
+    plan: Plan, program: Program, machine: Machine, device: Occupancy
+) -> tuple[ArrayUse, ...]:
     """Every array of the program, in its order."""
-    copies: dict[str, list[Copy]] = {}
+    moves: dict[str, list[Copy]] = {name: [] for name in program.arrays}
     for action in plan.actions:
         if isinstance(action, Copy):
-            copies.setdefault(action.array, []).append(action)
+            moves[action.array].append(action)
     pinned = {rest.array for rest in plan.entry if rest.tier == DEVICE}
     stays = {rest.array for rest in plan.exit if rest.tier == DEVICE}
+    parts = {
+        name: (
+            _weight_role(moves[name], pinned=name in pinned and name in stays)
+            if array.kind == "weight"
+            else _other_role(moves[name], stays=name in stays)
+        )
+        for name, array in program.arrays.items()
+    }
+    roles = {name: role for name, (role, _) in parts.items()}
+    why = reasons(plan, program, machine, roles, device)
     uses = []
     for name, array in program.arrays.items():
-        moves = copies.get(name, [])
-        if array.kind == "weight":
-            role, tier = _weight_role(moves, pinned=name in pinned and name in stays)
-        else:
-            role, tier = _other_role(moves, stays=name in stays)
-        codec = next((move.codec for move in moves), "raw")
-        arrivals = sum(move.target == DEVICE for move in moves)
-        uses.append(ArrayUse(name, array.nbytes, array.kind, tier, codec, role, arrivals))
+        role, tier = parts[name]
+        codec = next((move.codec for move in moves[name]), "raw")
+        arrivals = sum(move.target == DEVICE for move in moves[name])
+        uses.append(
+            ArrayUse(name, array.nbytes, array.kind, tier, codec, role, why[name], arrivals)
+        )
     return tuple(uses)
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from rich.text import Text
 
 from memsched.report.occupancy import IDLE, WORKSPACE, Occupancy
+from memsched.report.reasons import Role, of_many
 from memsched.report.rendering import Group, RenderableType, columns, line, plain
-from memsched.report.summary import ArrayUse, Role, Summary
+from memsched.report.summary import ArrayUse, Summary
 from memsched.sizes import LARGEST_BYTES, format_size
 
 # Longer lists are cut, and what is cut is counted.
@@ -17,10 +18,6 @@ LISTS: tuple[tuple[Role, str], ...] = (
     ("spilled", "spilled to"),
     ("unread", "never read"),
 )
-REASONS: Mapping[Role, str] = {
-    "streamed": ", as there is no room to keep them",
-    "spilled": ", as others need their room meanwhile",
-}
 BAR_CELLS = 16
 # What a bar shows of a tier: a letter and a colour for each kind.
 KINDS = {
@@ -130,16 +127,18 @@ def _lanes(summary: Summary, tokens: int | None) -> RenderableType:
 
 
 def _list(role: Role, start: str, uses: tuple[ArrayUse, ...]) -> list[RenderableType]:
-    """One list per tier, largest arrays first, and the reason; of what nobody reads the sum."""
+    """One list per tier and reason, largest arrays first; of what nobody reads the sum."""
     lines: list[str] = []
-    for tier in sorted({use.tier for use in uses}):
-        here = [use for use in uses if use.tier == tier]
+    for tier, reason in sorted({(use.tier, use.reason) for use in uses}):
+        here = [use for use in uses if (use.tier, use.reason) == (tier, reason)]
         heading = f"{start} {tier}" if start.endswith((" from", " to")) else start
         total = format_size(sum(use.nbytes for use in here))
-        lines.append(f"  {heading}: {len(here):,} arrays, {total}" + REASONS.get(role, ""))
-        if role != "unread":
-            lines += [f"    {use.nbytes:>18,} B  {use.name}" for use in here[:LISTED]]
-        if role != "unread" and (rest := here[LISTED:]):
+        lines.append(f"  {heading}: {len(here):,} arrays, {total}")
+        if role == "unread":
+            continue
+        lines.append(f"    {of_many(reason)}")
+        lines += [f"    {use.nbytes:>18,} B  {use.name}" for use in here[:LISTED]]
+        if rest := here[LISTED:]:
             nbytes = sum(use.nbytes for use in rest)
             lines.append(f"    {nbytes:>18,} B  in {len(rest):,} others")
     return [line(text) for text in lines]

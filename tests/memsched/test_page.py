@@ -21,13 +21,14 @@ from memsched.machine import Machine
 from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Program
 from memsched.referee import verify
-from memsched.report import occupancy, summarize
+from memsched.report import occupancy, summarize, to_dict, to_text
 from memsched.report.chapter import Chapter
 from memsched.report.page import page
 from memsched.report.page_arrays import rows_of
 from memsched.report.page_data import page_data
-from memsched.report.reasons import reasons
+from memsched.report.reasons import of_many, of_one
 from memsched.report.sentences import sentences
+from memsched.report.stories import stories
 from memsched.report.timeline import (
     IDLE,
     PARTS,
@@ -198,23 +199,74 @@ def test_arrays_that_differ_in_a_number_share_a_row_where_there_is_none() -> Non
     assert layers.first_read == (first, chapter.predicted[first].start_s)
 
 
+def told_of(plan: Plan, program: Program, machine: Machine) -> dict[str, str]:
+    """What a page says of each array."""
+    return stories(plan, program, summarize(plan, program, machine, COST).arrays)
+
+
 def test_reasons_follow_from_the_plan() -> None:
     machine = programs.tiny_machine(device=4096)
     program = programs.decode()
     plan = programs.naive_plan(program, machine)
-    uses = summarize(plan, program, machine, COST).arrays
-    weights = 400 + 400 + 440 + 480 + 3 * 12
-    why = reasons(plan, program, machine, uses, 1000)
+    why = told_of(plan, program, machine)
     assert why["layer1.weight"] == (
-        "It is not kept, though all weights that are read would fit. This one comes over "
-        "nvme->device; step layer1 reads it, then its place is used again."
+        "Comes over nvme->device: nothing keeps it, though all weights that are read would fit; "
+        "step layer1 reads it."
     )
-    assert why["layer0.cache"] == "Is given, and stays for what comes next."
-    assert why["h1"] == "Made by step layer0, last read by step layer1, then freed."
-    tight = reasons(plan, program, machine.with_capacities({"device": 1500}), uses, 1000)
-    assert tight["table"].startswith(
-        f"The weights that are read do not fit beside the rest: {weights + 1000 - 1500:,} B too "
+    assert why["layer0.cache"] == "Given, and stays: what comes next needs it."
+    assert why["h1"] == (
+        "Made by step layer0, last read by step layer1, then freed: others get its room."
     )
+    # Of 1,756 B of weights a plan has to do without some where others take 1,000 B of 1,500 B.
+    tight = told_of(plan, program, machine.with_capacities({"device": 1500}))
+    assert tight["table"] == (
+        "Comes over nvme->device: there is no room to keep it; 2 steps read it, the first is embed."
+    )
+
+
+def test_room_that_the_next_plan_needs_is_the_reason_in_text_data_and_page() -> None:
+    # Two layers of 256 B and two values of 256 B are 1,024 B: all of it would fit, but for
+    # 256 B that only another plan reads.
+    chain = programs.chain(layers=2)
+    other = dataclasses.replace(chain.arrays["w0"], name="other")
+    program = Program({**chain.arrays, "other": other}, chain.steps, chain.outputs)
+    machine = programs.tiny_machine(device=1024)
+    home = tuple(Residence(name, "nvme") for name in ("w0", "w1", "other"))
+    kept = Residence("other", "device", offset=0)
+    actions = (
+        *(Copy("w0", "nvme", "device"), Run("layer0"), Free("x", "device"), Free("w0", "device")),
+        *(Copy("w1", "nvme", "device"), Run("layer1"), Free("h0", "device"), Free("w1", "device")),
+    )
+    plan = Plan(
+        program.digest,
+        machine.digest,
+        (*home, kept, Residence("x", "device")),
+        actions,
+        (*home, kept, Residence("h1", "device")),
+        {0: 256, 4: 256},
+    )
+    verify(plan, program, machine)
+    summary = summarize(plan, program, machine, COST)
+    assert (
+        "  streamed from nvme: 2 arrays, 512 B\n    their room is kept for the next plan\n"
+        in to_text({"first": summary})
+    )
+    assert "  stay on the device: 1 arrays, 256 B\n    another plan reads them\n" in to_text(
+        {"first": summary}
+    )
+    said = {one["name"]: one["why"] for one in to_dict({"first": summary})["arrays"]}
+    assert said["w1"] == "streamed: its room is kept for the next plan; comes from nvme"
+    assert said["other"] == "pinned: another plan reads it"
+    why = stories(plan, program, summary.arrays)
+    assert why["w1"] == (
+        "Comes over nvme->device: its room is kept for the next plan; step layer1 reads it."
+    )
+    assert why["other"] == (
+        "Stays on the device: another plan reads it; no step of this plan reads it."
+    )
+    # 256 B more hold both.
+    roomy = told_of(plan, program, machine.with_capacities({"device": 1280}))
+    assert "nothing keeps it, though all weights that are read would fit" in roomy["w1"]
 
 
 def test_reasons_of_what_stays_leaves_or_is_not_read() -> None:
@@ -242,24 +294,28 @@ def test_reasons_of_what_stays_leaves_or_is_not_read() -> None:
     left = (*rests, *kept, Residence("h1", "device"))
     plan = Plan(program.digest, machine.digest, entry, actions, left)
     verify(plan, program, machine)
-    uses = summarize(plan, program, machine, COST).arrays
-    why = reasons(plan, program, machine, uses, 0)
-    assert why["w0"] == "Stays on the device, so that no pass moves it; step layer0 reads it."
-    assert why["other"] == "Stays on the device for another plan: no step of this one reads it."
-    assert why["spare"] == "No step of this plan reads it: it stays in its file."
+    why = told_of(plan, program, machine)
+    assert why["w0"] == "Stays on the device: every pass reads it; step layer0 reads it."
+    assert why["other"].startswith("Stays on the device: another plan reads it")
+    assert why["spare"] == "Stays in its file: no step of this plan reads it."
     assert why["h0"] == (
-        "Others need its room for a while: it leaves after step layer0 and is back before step "
-        "layer1."
+        "Leaves after step layer0, is back before step layer1: others need its room meanwhile."
     )
-    assert why["x"] == "Given, last read by step layer0, then freed."
+    assert why["x"] == "Given, last read by step layer0, then freed: others get its room."
+    assert why["h1"] == "Made by step layer1, and stays: what comes next needs it."
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_every_array_of_any_plan_has_a_reason(seed: int) -> None:
+def test_every_array_of_any_plan_has_one_reason_in_text_data_and_page(seed: int) -> None:
     plan, program, machine = random_case(seed)
-    found = reasons(plan, program, machine, summarize(plan, program, machine, COST).arrays, 0)
-    assert found.keys() == program.arrays.keys()
-    assert all(why.endswith(".") and len(why) > 20 for why in found.values())
+    summary = summarize(plan, program, machine, COST)
+    text, why = to_text({"it": summary}), stories(plan, program, summary.arrays)
+    assert why.keys() == program.arrays.keys()
+    for use in summary.arrays:
+        assert f": {of_one(use.reason)}" in why[use.name]
+        assert f"{use.role}: {of_one(use.reason)}" in use.why
+        if use.role in ("pinned", "streamed", "spilled"):
+            assert f"    {of_many(use.reason)}\n" in text
 
 
 def test_sentences_say_what_stays_what_moves_and_what_sets_the_pace() -> None:

@@ -212,7 +212,7 @@ def test_keys_walk_from_action_to_action_and_tell_what_they_find(
     opened.value(f"{links}.find(c => c.ariaLabel.startsWith('nvme → device, predicted')).focus()")
     opened.press("Home")
     told = opened.value("document.getElementById('tip').innerText")
-    for words in ("table", "400 B", "next use", "embed", "its place is used again"):
+    for words in ("table", "400 B", "next use", "embed", "nothing keeps it"):
         assert words in told
     opened.press("Escape")
     assert opened.value("document.getElementById('tip').hidden")

@@ -237,8 +237,10 @@ decode: 3 steps, 10 actions
   nvme->device         2     512   512 us           15%               256
 
   stay on the device: 1 arrays, 256 B
+    every pass reads them
                    256 B  w0
-  streamed from nvme: 2 arrays, 512 B, as there is no room to keep them
+  streamed from nvme: 2 arrays, 512 B
+    there is no room to keep them
                    256 B  w1
                    256 B  w2
 
@@ -271,7 +273,11 @@ def test_long_names_and_lists_are_cut_and_counted() -> None:
     text = to_text({"a": summarize(plan, program, machine, COST)} | {})
     assert max(len(line) for line in text.splitlines()) <= WIDTH
     assert "never read: 3 arrays, 24 B" in text
-    assert "streamed from nvme: 8 arrays, 432 B, as there is no room to keep them" in text
+    # All would fit: it is the naive plan that keeps nothing.
+    assert (
+        "  streamed from nvme: 8 arrays, 432 B\n"
+        "    nothing keeps them, though all weights that are read would fit\n"
+    ) in text
     # The five largest are 17 to 13 values long, of 4 B each.
     assert "132 B  in 3 others" in text
 
@@ -290,7 +296,7 @@ def test_data_has_the_promised_keys_and_survives_json() -> None:
         "nbytes": 256,
         "tier": "device",
         "codec": "raw",
-        "why": "pinned: stays on the device, so that no pass moves it",
+        "why": "pinned: every pass reads it",
     }
 
 
