@@ -7,10 +7,7 @@ from memsched.report.summary import ArrayUse, Summary
 
 
 def to_dict(phases: Mapping[str, Summary]) -> dict[str, Any]:
-    """Phases by name. Gap, prices, baselines and arrays are those of the last one.
-
-    `seconds_p90` is null: this cost model does not know how wrong it is.
-    """
+    """Phases by name. Gap, prices, baselines and arrays are those of the last one."""
     last = phases[list(phases)[-1]]
     return {
         "phases": {name: _phase(summary) for name, summary in phases.items()},
@@ -26,7 +23,7 @@ def _phase(summary: Summary) -> dict[str, Any]:
         "seconds": summary.seconds,
         "bound_seconds": summary.bound.seconds,
         "bound_by": summary.bound.lane,
-        "seconds_p90": None,
+        "seconds_p90": summary.seconds_p90,
         "peak_bytes": {name: tier.peak_bytes for name, tier in summary.occupancy.items()},
         "peak_parts": {name: dict(tier.parts) for name, tier in summary.occupancy.items()},
         "link_bytes": summary.link_bytes,

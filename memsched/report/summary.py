@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from memsched.cost import CostModel, is_steady, lane_of, plan_seconds
+from memsched.cost.learned import at_quantile
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.plan import Copy, Plan, Run
 from memsched.program import Program
@@ -54,7 +55,8 @@ class LaneUse:
 class Summary:
     """A plan in numbers.
 
-    `seconds` is one pass of a plan that can follow itself (`repeated`), else the whole plan.
+    `seconds` is one pass of a plan that can follow itself (`repeated`), else the whole plan;
+    `seconds_p90` are enough nine of ten times, None where the cost model knows no quantiles.
     `baselines` are predictions for other ways, None where one does not fit. `prices_s_per_gb` is
     what 1 GB more of a tier takes off the bound.
     """
@@ -64,6 +66,7 @@ class Summary:
     actions: int
     repeated: bool
     seconds: float
+    seconds_p90: float | None
     bound: Bound
     occupancy: Mapping[str, Occupancy]
     lanes: Mapping[str, LaneUse]
@@ -102,12 +105,14 @@ def summarize(
     """What a plan that is right does. `baselines` are passed on."""
     bound, prices_s_per_gb = bound_and_prices(plan, program, machine, cost)
     fullest = occupancy(plan, program, machine)
+    high = at_quantile(cost, 0.9)
     return Summary(
         steps=len(program.steps),
         runs=sum(isinstance(action, Run) for action in plan.actions),
         actions=len(plan.actions),
         repeated=is_steady(plan, program),
         seconds=plan_seconds(plan, program, machine, cost),
+        seconds_p90=None if high is None else plan_seconds(plan, program, machine, high),
         bound=bound,
         occupancy=fullest,
         lanes=_lanes(plan, program, machine, cost),

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from memsched.aot import Workspace
-from memsched.cost import CostModel, plan_seconds
-from memsched.cost.learned import at_quantile, describe
+from memsched.cost import CostModel
+from memsched.cost.learned import describe
 from memsched.machine import Machine
+from memsched.report import Summary
 from memsched.report import to_dict as summaries_to_dict
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.phases import PREFILL_CHUNK
@@ -26,7 +27,7 @@ def forecast_dict(found: Forecast) -> dict[str, Any]:
     return {
         "fits": True,
         "smallest_workable": dict(found.smallest_bytes),
-        "phases": {part: _part(found, passes, part) for part, passes in parts.items() if passes},
+        "phases": {part: _part(passes, part) for part, passes in parts.items() if passes},
         "gap": last["gap"],
         "prices": rate_gains(found),
         "baselines": last["baselines"],
@@ -150,7 +151,7 @@ def assumptions(
     }
 
 
-def _part(found: Forecast, passes: Sequence[Pass], part: str) -> dict[str, Any]:
+def _part(passes: Sequence[Pass], part: str) -> dict[str, Any]:
     """Several passes as one phase; of decode one pass."""
     counted = [(1 if part == "decode" else one.work.count, one.summary) for one in passes]
     peaks: dict[str, int] = {}
@@ -163,22 +164,20 @@ def _part(found: Forecast, passes: Sequence[Pass], part: str) -> dict[str, Any]:
     return {
         "seconds": sum(count * summary.seconds for count, summary in counted),
         "bound_seconds": sum(count * summary.bound.seconds for count, summary in counted),
-        "seconds_p90": _seconds_p90(found, passes, part),
+        "seconds_p90": _seconds_p90(counted),
         "peak_bytes": peaks,
         "link_bytes": nbytes,
     }
 
 
-def _seconds_p90(found: Forecast, passes: Iterable[Pass], part: str) -> float | None:
+def _seconds_p90(counted: Iterable[tuple[int, Summary]]) -> float | None:
     """Seconds that nine of ten times are enough; None of a machine that was not calibrated."""
-    cost = at_quantile(found.cost, 0.9)
-    if cost is None:
-        return None
-    return sum(
-        (1 if part == "decode" else one.work.count)
-        * plan_seconds(one.plan, one.traced.program, found.machine, cost)
-        for one in passes
-    )
+    total_s = 0.0
+    for count, summary in counted:
+        if summary.seconds_p90 is None:
+            return None
+        total_s += count * summary.seconds_p90
+    return total_s
 
 
 def request_text(found: Forecast) -> str:

@@ -7,8 +7,10 @@ import numpy as np
 import programs
 import pytest
 import random_plans
+from learned_costs import coefficients
 
 from memsched.cost import Roofline, Span
+from memsched.cost.learned import LearnedCost
 from memsched.machine import Machine
 from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Program
@@ -298,6 +300,17 @@ def test_data_has_the_promised_keys_and_survives_json() -> None:
         "codec": "raw",
         "why": "pinned: every pass reads it",
     }
+
+
+def test_nine_of_ten_times_are_said_by_a_cost_model_that_knows_quantiles() -> None:
+    # 256 s for each of the two copies: beside them steps are nothing. Their margin is 1.3.
+    slow = programs.tiny_machine(device=1024, nvme_bytes_per_s=1.0)
+    learned = LearnedCost(coefficients(slow))
+    found = summarize(PINNED, CHAIN, slow, learned)
+    assert found.seconds_p90 == pytest.approx(1.3 * found.seconds, rel=1e-3)
+    assert to_dict({"it": found})["phases"]["it"]["seconds_p90"] == found.seconds_p90
+    unknown = summarize(PINNED, CHAIN, slow, COST)
+    assert to_dict({"it": unknown})["phases"]["it"]["seconds_p90"] is None
 
 
 def test_busy_time_counts_overlapping_spans_once() -> None:

@@ -1,5 +1,6 @@
 """A planned model gives the bits of an unplanned one, whatever it may use of which memory."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +10,13 @@ import numpy as np
 import planned_models as helper
 import pytest
 import tiny
+from learned_costs import coefficients
 
+from memsched.cost.coefficients_file import write_cost
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, HOST, NVME
 from memsched.plan import Plan
+from memsched.profiles import load_machine
 from memsched.program import Program
 from memsched.referee import verify
 from qwen3vl_jax import Qwen3VL
@@ -236,3 +240,23 @@ def test_a_conversation_with_drafts_is_the_unplanned_one(
         assert helper.runner_of(model).executor.ledger_peak_bytes[DEVICE] <= 1_700_000
     finally:
         model.close()
+
+
+def test_the_report_of_a_run_says_what_nine_of_ten_times_are_enough_once_calibrated(
+    tmp_path: Path,
+) -> None:
+    checkpoint, machine = tiny.checkpoint("dense", tmp_path), helper.machine_file(tmp_path, 2)
+
+    def reported() -> dict[str, Any]:
+        with contextlib.closing(helper.planned(checkpoint, machine=machine)) as model:
+            helper.answers(model, tiny.inputs("text"), tokens=1)
+            phases: dict[str, Any] = model.plan.to_dict()["phases"]
+            return phases
+
+    assert {phase["seconds_p90"] for phase in reported().values()} == {None}
+    write_cost(coefficients(load_machine(machine)), machine)
+    phases = reported()
+    assert {"prefill", "decode"} <= phases.keys()
+    # The margins of these coefficients are e^0.1 to e^0.5 of a step, 1.3 of a transfer.
+    for phase in phases.values():
+        assert 1.1 * phase["seconds"] <= phase["seconds_p90"] <= 1.65 * phase["seconds"]
