@@ -1,6 +1,6 @@
 """What a plan does, before it does it, and how that compares with what it did."""
 
-from memsched.report.bound import Bound, lower_bound, prices_s_per_gb
+from memsched.report.bound import Bound, Prices, lower_bound
 from memsched.report.comparison import (
     Line,
     Measured,
@@ -20,13 +20,13 @@ __all__ = [
     "Line",
     "Measured",
     "Occupancy",
+    "Prices",
     "Summary",
     "busy_seconds",
     "comparison",
     "comparison_text",
     "lower_bound",
     "occupancy",
-    "prices_s_per_gb",
     "summarize",
     "to_dict",
     "to_text",

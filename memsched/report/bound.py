@@ -40,11 +40,15 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
-    """What the bound's constraints are worth, in the small: `memsched.bound.Solution`.
+    """By how many seconds a steady plan's bound falls with more of something.
 
-    `seconds_per_gb` of each tier but the disk, for the first byte; `seconds_of_lane` of each lane.
+    `with_gb_more_s` is for 1 GB more of each tier but the disk, solved again. The others are the
+    dual values of `memsched.bound.Solution`, for a little more: `seconds_per_gb` of such a tier,
+    `seconds_of_lane` of each lane. Where the bound has a kink, these lie between what less would
+    cost and what more would bring.
     """
 
+    with_gb_more_s: Mapping[str, float]
     seconds_per_gb: Mapping[str, float]
     seconds_of_lane: Mapping[str, float]
 
@@ -55,7 +59,8 @@ def lower_bound(plan: Plan, program: Program, machine: Machine, cost: CostModel)
     If it can follow itself, they may keep anything that fits; else they have its entry and exit.
     """
     if is_steady(plan, program):
-        return _steady_bound(read_masses(program, machine, cost))
+        masses = read_masses(program, machine, cost)
+        return Bound(least_busy_s(masses), solve(masses).seconds)
     lanes = {COMPUTE: sum(cost.seconds(Run(step.name), program, machine) for step in program.steps)}
     for (source, target), names in _crossing(plan, program, machine).items():
         if machine.link(source, target) is not None:
@@ -65,39 +70,22 @@ def lower_bound(plan: Plan, program: Program, machine: Machine, cost: CostModel)
     return Bound(lanes)
 
 
-def prices_s_per_gb(
-    plan: Plan, program: Program, machine: Machine, cost: CostModel
-) -> dict[str, float]:
-    """By how many seconds the bound falls with 1 GB more of a tier; none for the disk."""
-    return bound_and_prices(plan, program, machine, cost)[1]
-
-
 def bound_and_prices(
     plan: Plan, program: Program, machine: Machine, cost: CostModel
-) -> tuple[Bound, dict[str, float]]:
-    """`lower_bound` and `prices_s_per_gb` of a program that is read once."""
-    tiers = [tier.name for tier in machine.tiers if tier.name != NVME]
-    if not is_steady(plan, program):
-        return lower_bound(plan, program, machine, cost), dict.fromkeys(tiers, 0.0)
-    masses = read_masses(program, machine, cost)
-    bound = _steady_bound(masses)
-    if bound.together_s <= masses.compute_s:
-        return bound, dict.fromkeys(tiers, 0.0)  # no pass is shorter than its steps
-    more_s = {tier: solve(_with_more(masses, tier)).seconds for tier in tiers}
-    return bound, {tier: bound.together_s - seconds for tier, seconds in more_s.items()}
-
-
-def dual_prices(program: Program, machine: Machine, cost: CostModel) -> Prices:
-    """What a little more of each tier, or a slightly faster lane, takes off a steady plan's bound.
-
-    Where the bound has a kink, a price lies between what less would cost and what more would bring.
+) -> tuple[Bound, Prices | None]:
+    """`lower_bound` and prices of a program that is read once; no prices of a plan that is not
+    steady: its bound comes from no optimum.
     """
-    found = solve(read_masses(program, machine, cost))
-    return Prices(found.seconds_per_gb, found.seconds_of_lane)
-
-
-def _steady_bound(masses: Masses) -> Bound:
-    return Bound(least_busy_s(masses), solve(masses).seconds)
+    if not is_steady(plan, program):
+        return lower_bound(plan, program, machine, cost), None
+    masses = read_masses(program, machine, cost)
+    found = solve(masses)
+    tiers = [tier.name for tier in machine.tiers if tier.name != NVME]
+    more_s = dict.fromkeys(tiers, 0.0)
+    if found.seconds > masses.compute_s:  # no pass is shorter than its steps, whatever the room
+        more_s = {tier: found.seconds - solve(_with_more(masses, tier)).seconds for tier in tiers}
+    prices = Prices(more_s, found.seconds_per_gb, found.seconds_of_lane)
+    return Bound(least_busy_s(masses), found.seconds), prices
 
 
 def _with_more(masses: Masses, tier: str) -> Masses:

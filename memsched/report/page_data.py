@@ -96,7 +96,7 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
         "lanes": _lanes(chapter, views, places, most, texts),
         "arrays": _arrays(chapter, rows, texts),
         "baselines": [[name, seconds] for name, seconds in summary.baselines.items()],
-        "prices_s_per_gb": dict(summary.prices_s_per_gb),
+        "prices_s_per_gb": dict(summary.prices.with_gb_more_s) if summary.prices else {},
         "gains_s": dict(chapter.gains_s),
         "workspaces": [
             [row["step"], row["estimated_bytes"], row["compiled_bytes"], row["ratio"]]

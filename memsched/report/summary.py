@@ -10,7 +10,7 @@ from memsched.cost.learned import at_quantile
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.plan import Copy, Plan, Run
 from memsched.program import Program
-from memsched.report.bound import Bound, bound_and_prices
+from memsched.report.bound import Bound, Prices, bound_and_prices
 from memsched.report.occupancy import Occupancy, occupancy
 from memsched.report.reasons import Role, of_one, reasons
 
@@ -57,8 +57,8 @@ class Summary:
 
     `seconds` is one pass of a plan that can follow itself (`repeated`), else the whole plan;
     `seconds_p90` are enough nine of ten times, None where the cost model knows no quantiles.
-    `baselines` are predictions for other ways, None where one does not fit. `prices_s_per_gb` is
-    what 1 GB more of a tier takes off the bound.
+    `baselines` are predictions for other ways, None where one does not fit. `prices` are
+    None of a plan that cannot follow itself.
     """
 
     steps: int
@@ -72,7 +72,7 @@ class Summary:
     lanes: Mapping[str, LaneUse]
     arrays: tuple[ArrayUse, ...]
     baselines: Mapping[str, float | None]
-    prices_s_per_gb: Mapping[str, float]
+    prices: Prices | None
 
     @property
     def gap(self) -> float | None:
@@ -103,7 +103,7 @@ def summarize(
     baselines: Mapping[str, float | None] | None = None,
 ) -> Summary:
     """What a plan that is right does. `baselines` are passed on."""
-    bound, prices_s_per_gb = bound_and_prices(plan, program, machine, cost)
+    bound, prices = bound_and_prices(plan, program, machine, cost)
     fullest = occupancy(plan, program, machine)
     high = at_quantile(cost, 0.9)
     return Summary(
@@ -118,7 +118,7 @@ def summarize(
         lanes=_lanes(plan, program, machine, cost),
         arrays=_arrays(plan, program, machine, fullest[DEVICE]),
         baselines=dict(baselines or {}),
-        prices_s_per_gb=prices_s_per_gb,
+        prices=prices,
     )
 
 

@@ -18,7 +18,8 @@ def gains_s(
     summary: Summary, plan: Plan, program: Program, machine: Machine, cost: CostModel
 ) -> dict[str, float]:
     """Seconds that the bound falls, one by one, with 1 GB more of a tier, and with all links of the
-    "disk", those between "host" and "device" ("bus") or "compute" twice as fast.
+    "disk", those between "host" and "device" ("bus") or "compute" twice as fast. Tiers are left out
+    where their prices are not known.
 
     Args:
         summary: of this plan on this machine.
@@ -27,7 +28,7 @@ def gains_s(
     faster = {DISK: _faster_links(machine, _of_disk), COMPUTE: _faster_compute(machine)}
     if machine.has_tier(HOST):
         faster[BUS] = _faster_links(machine, lambda link: not _of_disk(link))
-    gains = dict(summary.prices_s_per_gb)
+    gains = dict(summary.prices.with_gb_more_s) if summary.prices else {}
     for name, other in faster.items():
         gains[name] = now_s - lower_bound(plan, program, other, cost).seconds
     return {name: max(0.0, seconds) for name, seconds in gains.items()}

@@ -30,6 +30,7 @@ def forecast_dict(found: Forecast) -> dict[str, Any]:
         "phases": {part: _part(passes, part) for part, passes in parts.items() if passes},
         "gap": last["gap"],
         "prices": rate_gains(found),
+        "dual_prices": last["dual_prices"],
         "baselines": last["baselines"],
         "arrays": last["arrays"],
         "passes": [
@@ -101,6 +102,7 @@ def refusal_dict(
         "phases": {},
         "gap": None,
         "prices": {},
+        "dual_prices": None,
         "baselines": {},
         "arrays": [],
         "assumptions": assumptions(config, machine, request, dtype, cost, compiled=compiled),

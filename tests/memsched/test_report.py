@@ -22,13 +22,13 @@ from memsched.report import (
     comparison_text,
     lower_bound,
     occupancy,
-    prices_s_per_gb,
     summarize,
     to_dict,
     to_text,
 )
 from memsched.report.rendering import WIDTH
 from memsched.report.text import seconds_text
+from memsched.report.what_if import gains_s
 
 COST = Roofline()
 # Three layers of 256 B; 1,000 operations each at 1e6 per second; disk 1e6 B/s.
@@ -132,8 +132,14 @@ def test_the_bound_counts_what_cannot_be_kept() -> None:
     alone_s = 384 / 2e4 + 3e-3
     assert (bound.lane, bound.seconds) == ("nvme->device", pytest.approx(alone_s, rel=1e-6))
     # 1 GB more holds everything: then computing is the bound.
-    price = prices_s_per_gb(PINNED, CHAIN, slow, COST)
-    assert price == {"device": pytest.approx(alone_s - 3e-3, rel=1e-5)}
+    found = to_dict({"it": summarize(PINNED, CHAIN, slow, COST)})
+    assert found["prices"] == {"device": pytest.approx(alone_s - 3e-3, rel=1e-5)}
+    # What comes has no room beside a step: the disk's 384 B and all steps set the bound.
+    assert found["dual_prices"]["seconds_of_lane"] == {
+        "compute": pytest.approx(3e-3, rel=1e-5),
+        "nvme->device": pytest.approx(384 / 2e4, rel=1e-5),
+        "device->nvme": 0.0,
+    }
 
 
 def test_with_a_host_each_link_has_its_bound() -> None:
@@ -162,7 +168,12 @@ def test_a_plan_that_is_run_once_must_read_what_it_does_not_have() -> None:
     )
     verify(load, CHAIN, SMALL)
     assert lower_bound(load, CHAIN, SMALL, COST).lane_s["nvme->device"] == pytest.approx(768e-6)
-    assert not summarize(load, CHAIN, SMALL, COST).repeated
+    found = summarize(load, CHAIN, SMALL, COST)
+    assert not found.repeated
+    # Its bound is a sum: what more memory would be worth is not known.
+    data = to_dict({"it": found})
+    assert data["prices"] is data["dual_prices"] is None
+    assert "device" not in gains_s(found, load, CHAIN, SMALL, COST)
 
 
 def test_every_array_has_its_part() -> None:

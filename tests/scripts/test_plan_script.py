@@ -37,7 +37,7 @@ def test_the_json_has_what_was_promised(capsys: pytest.CaptureFixture[str]) -> N
     data = json.loads(capsys.readouterr().out.splitlines()[-1])
     wanted = {
         *("fits", "smallest_workable", "phases", "gap", "prices", "baselines", "arrays"),
-        *("assumptions", "plan_seconds", "workspaces"),
+        *("dual_prices", "assumptions", "plan_seconds", "workspaces"),
     }
     assert wanted <= set(data)
     assert data["fits"] is True
@@ -164,7 +164,7 @@ def test_a_refusal_has_all_keys_too(capsys: pytest.CaptureFixture[str]) -> None:
         keys.append(set(json.loads(capsys.readouterr().out.splitlines()[-1])))
     wanted = {
         *("fits", "smallest_workable", "phases", "gap", "prices", "baselines", "arrays"),
-        *("assumptions", "plan_seconds", "workspaces"),
+        *("dual_prices", "assumptions", "plan_seconds", "workspaces"),
     }
     assert keys[0] == wanted
     assert wanted <= keys[1]
