@@ -14,7 +14,7 @@ from memsched.cost.coefficients import DURATIONS_S, Coefficients, LinkCoefficien
 from memsched.cost.learned import LearnedCost
 from memsched.cost.rates import rates_digest
 from memsched.cost.roofline import CostModel, Roofline
-from memsched.cost.strict import items, number, record, whole, word
+from memsched.cost.strict import dtype, items, number, record, whole, word
 from memsched.errors import DamagedError, StoreError
 from memsched.machine import Machine
 from memsched.whole_file import write_whole
@@ -120,10 +120,7 @@ def from_json(body: bytes) -> Coefficients:
     if not dtypes:
         raise DamagedError("dtypes must not be empty")
     for name in dtypes:
-        try:
-            np.dtype(name)
-        except TypeError:
-            raise DamagedError(f"dtype {name!r} is unknown") from None
+        dtype(name, "dtype")
     return Coefficients(
         machine=_digest(values["machine"], "machine"),
         identity=_digest(values["identity"], "identity"),

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from memsched.cost.features import RunFeatures
 from memsched.cost.observations import (
     MOST_SECONDS,
@@ -23,7 +21,7 @@ from memsched.cost.observations import (
 )
 from memsched.cost.rates import rates_digest
 from memsched.cost.span import Span
-from memsched.cost.strict import items, number, record, whole, word
+from memsched.cost.strict import dtype, items, number, record, whole, word
 from memsched.errors import DamagedError, StoreError
 from memsched.machine import Machine
 from memsched.plan import Plan
@@ -165,8 +163,5 @@ def _features(values: Any) -> RunFeatures:
         name: word(value, name) if name in _WORDS else whole(value, LARGEST, name)
         for name, value in zip(_FEATURES, found, strict=True)
     }
-    try:
-        np.dtype(checked["dtype"])
-    except TypeError:
-        raise DamagedError(f"dtype {checked['dtype']!r} is unknown") from None
+    dtype(checked["dtype"], "dtype")
     return RunFeatures(**checked)

@@ -1,12 +1,16 @@
 """Values of JSON that others may have written: checked before they are used."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memsched.errors import DamagedError
 
 LONGEST_WORD = 200
+# What weights consist of. Of the names that numpy knows, others are no numbers, or no names.
+DTYPES = (
+    *("uint8", "float8_e4m3fn", "float8_e5m2"),
+    *("float16", "bfloat16", "float32", "float64"),
+)
 
 
 def record(value: Any, keys: Sequence[str], where: str) -> Mapping[str, Any]:
@@ -26,12 +30,12 @@ def record(value: Any, keys: Sequence[str], where: str) -> Mapping[str, Any]:
 
 
 def number(value: Any, low: float, high: float, where: str) -> float:
-    """A finite number within a range.
+    """A number within a range of finite ones.
 
     Raises:
         DamagedError: it is none, or lies outside.
     """
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise DamagedError(
             f"{where} must be a number from {low:g} to {high:g}, found {str(value)[:40]}"
         )
@@ -60,6 +64,17 @@ def word(value: Any, where: str) -> str:
     if not isinstance(value, str) or len(value) > LONGEST_WORD or not value.isprintable():
         raise DamagedError(f"{where} must be a short text, found {str(value)[:40]!r}")
     return value
+
+
+def dtype(value: Any, where: str) -> str:
+    """The name of what weights consist of.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    if word(value, where) not in DTYPES:
+        raise DamagedError(f"{where} {value!r} is unknown; there are {', '.join(DTYPES)}")
+    return str(value)
 
 
 def items(value: Any, most: int, where: str) -> Sequence[Any]:

@@ -285,11 +285,17 @@ def inside(key: str, **values: Any) -> bytes:
         (changed(machine="xyz"), "machine must be 16 hexadecimal"),
         (changed(dtypes=[]), "dtypes must not be empty"),
         (changed(dtypes=["bfloat16", "text"]), "dtype 'text' is unknown"),
+        *[
+            (changed(dtypes=[name]), f"dtype '{name}' is unknown")
+            for name in (",", "O", "V0", "f4,f4", "f4", "float32 ", "i8", "complex64")
+        ],
         (changed(kinds=["a", "a"]), "kinds must differ"),
         (changed(kinds=["a"]), "run kind must have|run kind must be a list"),
         (changed(cases=-1), "cases must be a whole number"),
         (inside("run", overhead_s=float("nan")), "run overhead_s must be a number"),
         (inside("run", overhead_s=True), "run overhead_s must be a number"),
+        (inside("run", overhead_s=10**400), "run overhead_s must be a number"),
+        (inside("run", overhead_s=float("-inf")), "run overhead_s must be a number"),
         (inside("run", slope=[1e9] * 5), "run slope must be a number"),
         (inside("margins", **{"0.9": [0.1]}), "margins must have 5 entries"),
         (inside("margins", **{"0.90": [0.1] * 5}), "a quantile is written 0.9"),
