@@ -65,12 +65,14 @@ def observe(
     *,
     carried_s: float = 0.0,
     case: str = "",
+    most_seconds: int = MOST_SECONDS,
 ) -> tuple[Observation, ...]:
     """What one pass says. A pass of fused steps says nothing: nobody knows what each of them took.
 
     Args:
         carried_s: seconds at the beginning in which transfers of the pass before went on.
         case: what the observations belong together by; the program's digest by default.
+        most_seconds: so many durations of equal steps.
     """
     case = case or program.digest
     runs = [span for span in spans if isinstance(plan.actions[span.index], Run)]
@@ -82,13 +84,18 @@ def observe(
     copying, computing = union([Span(0, 0.0, carried_s), *copies]), union(runs)
     whole = [span for span in copies if span.end_s < end_s]
     return (
-        *_runs(runs, copying, plan, program, case),
+        *_runs(runs, copying, plan, program, case, most_seconds),
         *_copies(whole, computing, plan, program, machine, carried_s, case),
     )
 
 
 def _runs(
-    spans: Sequence[Span], copying: list[Span], plan: Plan, program: Program, case: str
+    spans: Sequence[Span],
+    copying: list[Span],
+    plan: Plan,
+    program: Program,
+    case: str,
+    most_seconds: int,
 ) -> Iterator[RunObservation]:
     found: dict[tuple[RunFeatures, float], list[float]] = {}
     known: dict[str, RunFeatures] = {}
@@ -105,7 +112,7 @@ def _runs(
         key = known[step.name], run_beside(span, step, copying, fetched)
         found.setdefault(key, []).append(taken_s)
     for (features, part), seconds in found.items():
-        yield RunObservation(case, features, part, _few(sorted(seconds)))
+        yield RunObservation(case, features, part, _few(sorted(seconds), most_seconds))
 
 
 def _copies(
@@ -171,12 +178,12 @@ def run_beside(span: Span, step: Step, copying: Sequence[Span], fetched: set[str
     return beside(span, copying) if fetched.isdisjoint(step.inputs) else 1.0
 
 
-def _few(seconds: list[float]) -> tuple[float, ...]:
-    """Of sorted durations at most `MOST_SECONDS`, at equal distances."""
+def _few(seconds: list[float], most: int) -> tuple[float, ...]:
+    """Of sorted durations at most so many, at equal distances."""
     count = len(seconds)
-    if count <= MOST_SECONDS:
+    if count <= most:
         return tuple(seconds)
-    return tuple(seconds[(2 * i + 1) * count // (2 * MOST_SECONDS)] for i in range(MOST_SECONDS))
+    return tuple(seconds[(2 * i + 1) * count // (2 * most)] for i in range(most))
 
 
 def beside(span: Span, others: Sequence[Span]) -> float:

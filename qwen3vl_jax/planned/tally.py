@@ -16,9 +16,9 @@ MOVING = "moving"
 class Tally:
     """Passes of one plan of a phase, and bytes that the system read and wrote during them.
 
-    `spans` are those of the newest pass, and `carried_s` the seconds of it in which transfers of
-    the pass before went on. What a plan that moves weights reads may still arrive during the pass
-    after it.
+    `spans` are those of the newest pass but the first, which is cold, and `carried_s` the seconds
+    of it in which transfers of the pass before went on. What a plan that moves weights reads may
+    still arrive during the pass after it.
     """
 
     phase: str
@@ -47,7 +47,7 @@ class Tally:
     ) -> None:
         """One more pass has ended, with an outcome if it computed something."""
         self.passes += 1
-        if outcome is not None:
+        if outcome is not None and self.passes > 1:
             self.spans, self.carried_s = outcome.spans, outcome.carried_s
         self.read_bytes += executor.read_bytes - read_before
         self.written_bytes += executor.written_bytes - written_before

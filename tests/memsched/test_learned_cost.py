@@ -19,7 +19,7 @@ from memsched.cost import Roofline, Span, plan_seconds, simulate
 from memsched.cost.coefficients import run_log_seconds, table
 from memsched.cost.coefficients_file import cost_beside, cost_file, from_json, to_json, write_cost
 from memsched.cost.contention import BesideCopies, physical_slowdown
-from memsched.cost.drift import drifts
+from memsched.cost.drift import Drift, drifts
 from memsched.cost.features import RunFeatures, row_class, run_features
 from memsched.cost.learned import LearnedCost, at_quantile, describe
 from memsched.errors import DamagedError, ProgramError
@@ -232,6 +232,73 @@ def test_drift_is_measured_over_predicted_and_has_a_band() -> None:
             # Overlaps are known to one digit.
             assert one.ratio == pytest.approx(factor, rel=0.05)
             assert one.out is out
+
+
+# 4 MiB in 1,024 blocks over the link of `coefficients`.
+COPY_S = 1e-4 + 1024 * 1e-5 + 4 * (1 << 20) / 1e9
+
+
+def drift_of(lane: str, times: list[tuple[float, float]], plan: Plan = PLAN) -> float:
+    """Measured over predicted of a lane, for actions that were busy at these times."""
+    spans = [Span(index, *time) for index, time in enumerate(times)]
+    found = {
+        one.lane: one for one in drifts(plan, TWO, MACHINE, LearnedCost(coefficients()), spans)
+    }
+    return found[lane].ratio
+
+
+def test_drift_is_of_seconds_that_were_measured() -> None:
+    times = [(0.0, 0.03), (0.1, 0.3), (0.4, 0.44), (0.5, 0.8)]
+    assert drift_of("nvme->device", times) == pytest.approx(0.07 / (2 * COPY_S))
+    # Both steps take what came from disk, so they are predicted to be slow.
+    alone_s = sum(LearnedCost(coefficients()).run_s(run_features(one, TWO)) for one in TWO.steps)
+    assert drift_of("compute", times) == pytest.approx(0.5 / (SLOWDOWN * alone_s))
+
+
+def test_a_transfer_that_seems_to_take_no_time_was_made_beside_the_one_before() -> None:
+    times = [(0.0, 0.03), (0.1, 0.3), (0.03, 0.03), (0.5, 0.8)]
+    assert drift_of("nvme->device", times) == pytest.approx(0.03 / (2 * COPY_S))
+
+
+def test_a_transfer_under_way_at_the_end_is_no_part_of_drift() -> None:
+    first_copy, first, second_copy, second = PLAN.actions
+    plan = dataclasses.replace(PLAN, actions=(first_copy, first, second, second_copy))
+    times = [(0.0, 0.03), (0.1, 0.3), (0.5, 0.8), (0.6, 0.8)]
+    assert drift_of("nvme->device", times, plan) == pytest.approx(0.03 / COPY_S)
+
+
+def test_steps_whose_ends_nobody_saw_are_no_part_of_drift() -> None:
+    def lanes(*runs: Span) -> set[str]:
+        spans = [Span(0, 0.0, 0.03), *runs]
+        found = drifts(PLAN, TWO, MACHINE, LearnedCost(coefficients()), spans)
+        return {one.lane for one in found}
+
+    assert lanes(Span(1, 0.1, 0.3), Span(3, 0.4, 0.5)) == {"compute", "nvme->device"}
+    assert lanes(Span(1, 0.1, 0.3, 0.1), Span(3, 0.4, 0.5, 0.1)) == {"nvme->device"}
+    # Of fused steps nobody knows what each of them took.
+    assert lanes(Span(1, 0.1, 0.3), Span(3, 0.3, 0.3)) == set()
+    assert lanes() == set()
+
+
+def test_of_many_equal_steps_all_count_in_drift() -> None:
+    """Nine take a second each, the tenth 91 of them: ten seconds on average."""
+    steps = [Step(f"s{i}", "layer", ("x",), (f"h{i}",)) for i in range(10)]
+    values = [array(f"h{i}", "activation", 1) for i in range(10)]
+    many = program([array("x", "input", 1), *values], steps, ["h9"])
+    plan = Plan(many.digest, MACHINE.digest, (), tuple(Run(step.name) for step in steps), ())
+    spans = [Span(i, 100.0 * i, 100.0 * i + (91 if i == 9 else 1)) for i in range(10)]
+    cost = LearnedCost(coefficients())
+    (found,) = drifts(plan, many, MACHINE, cost, spans)
+    assert found.ratio == pytest.approx(10 / cost.run_s(run_features(steps[0], many)))
+
+
+def test_both_ends_of_the_band_are_told_as_what_they_are() -> None:
+    assert str(Drift("compute", 3.0, 1.25)) == (
+        "compute took 3.00 times what was predicted, and at most 1.25 was expected"
+    )
+    assert str(Drift("compute", 0.3, 1.25)) == (
+        "compute took 0.30 times what was predicted, and at least 0.80 was expected"
+    )
 
 
 def test_a_file_comes_back_as_it_was_and_is_small(tmp_path: Path) -> None:
