@@ -19,7 +19,7 @@ from qwen3vl_jax import console
 from qwen3vl_jax.answer_options import add_question, add_settings, check_options
 from qwen3vl_jax.errors import Qwen3VLError
 from qwen3vl_jax.interrupts import Guard, Meaning
-from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
+from qwen3vl_jax.planned.options import add_budget_options, budget_arguments, say_ignored
 from qwen3vl_jax.progress import ProgressBar, Silent
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def _print_forecast(
 ) -> int:
     from qwen3vl_jax.planned.dry_run import dry_run_of, print_dry_run
 
+    say_ignored(options, console.say)
     budgets = budget_arguments(options)
     found = dry_run_of(options.model, options.dtype, turn.inputs, settings.max_new_tokens, budgets)
     return print_dry_run(
@@ -248,6 +249,7 @@ def _remembering(options: argparse.Namespace) -> "Qwen3VL":
 
 
 def _load(options: argparse.Namespace) -> Loaded:
+    say_ignored(options, console.say)
     if not options.quiet:
         console.say(f"loading {options.model}")
     started, read_before = time.perf_counter(), console.read_bytes()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3vl_jax import console
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.planned.options import add_budget_options, budget_arguments
+from qwen3vl_jax.planned.options import add_budget_options, budget_arguments, say_ignored
 
 if TYPE_CHECKING:
     from memsched.aot import Compiler
@@ -198,6 +198,7 @@ def plan(options: argparse.Namespace) -> int:
     """Plans what the options ask for, and prints it."""
     if options.compare is not None:
         return _compare(options)
+    say_ignored(options, console.say)
     if options.sweep is not None:
         return _sweep(options)
     from memsched.whole_file import check_target

@@ -9,7 +9,7 @@ from pathlib import Path
 from memsched.cost.coefficients_file import cost_beside
 from memsched.cost.learned import LearnedCost
 from memsched.cost.roofline import CostModel, Roofline
-from memsched.errors import MemschedError
+from memsched.errors import MemschedError, ProgramError
 from memsched.machine import Machine
 from memsched.profiles import load_machine
 
@@ -43,13 +43,11 @@ def hardware_identity(cpu_info: Path = CPU_INFO) -> str:
 def calibrated(machine: Machine, profile: Path | None = None) -> tuple[Machine, CostModel]:
     """A detected machine with the rates and the cost model that its user's calibration found.
 
-    Without one, or with one of other hardware, the machine stays as it is. A profile that is
-    damaged is passed over, too: nobody named it.
+    Without one, or with one of other hardware, the machine stays as it is. A calibration that is
+    damaged is passed over, too: nobody named it. `damage` says so.
     """
-    file = profile or user_profile()
     try:
-        known = load_machine(file) if file.exists() else None
-        cost = cost_beside(file, known) if known else Roofline()
+        known, cost = _known(profile or user_profile())
     except MemschedError:
         return machine, Roofline()
     fitting = (
@@ -64,6 +62,30 @@ def calibrated(machine: Machine, profile: Path | None = None) -> tuple[Machine, 
     return dataclasses.replace(machine, compute=known.compute, links=known.links), cost
 
 
+def damage(profile: Path | None = None) -> MemschedError | None:
+    """Why the user's calibration is passed over though there is one; None for one that is whole."""
+    try:
+        _known(profile or user_profile())
+    except MemschedError as error:
+        return error
+    return None
+
+
+def check_hardware(cost: CostModel, profile: Path) -> None:
+    """Whether what is measured here may be added to what was learned of a profile's machine.
+
+    Raises:
+        ProgramError: that was measured on other hardware.
+    """
+    here = hardware_identity()
+    if isinstance(cost, LearnedCost) and cost.coefficients.identity != here:
+        raise ProgramError(
+            f"{profile} was calibrated on hardware {cost.coefficients.identity}, and this is "
+            f"{here}: another processor, or another number of its threads; run "
+            "scripts/calibrate.py here, with another --out"
+        )
+
+
 def cost_of(machine: Machine, profile: Path | None) -> CostModel:
     """The cost model of a machine that a file describes, or else of the user's own calibration.
 
@@ -73,3 +95,9 @@ def cost_of(machine: Machine, profile: Path | None) -> CostModel:
     if profile is not None:
         return cost_beside(profile, machine)
     return calibrated(machine)[1]
+
+
+def _known(file: Path) -> tuple[Machine | None, CostModel]:
+    """The machine of a file and its cost model, if there is such a file."""
+    known = load_machine(file) if file.exists() else None
+    return known, cost_beside(file, known) if known else Roofline()

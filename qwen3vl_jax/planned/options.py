@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What those options say, as arguments of `Qwen3VL.from_pretrained` and of `Budgets`."""
     names = ("device_memory", "host_memory", "nvme_dir", "nvme_space", "level", "machine")
     return {name: getattr(options, name) for name in (*names, "plan_seconds", "kv")}
+
+
+def say_ignored(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """A line if the user's own calibration is damaged: nobody named it, so nothing is refused."""
+    from memsched.detection.calibrated import damage
+
+    found = damage() if options.machine is None else None
+    if found is not None:
+        say(f"ignored what was learned of this machine: {found}")
 
 
 def _seconds(text: str) -> float:
