@@ -185,16 +185,18 @@ def _write(
 
 
 def _learn_from_runs(profile: Path, *, as_json: bool) -> int:
-    from memsched.cost.coefficients_file import write_cost
-    from memsched.cost.observation_file import read
+    from memsched.cost.coefficients_file import cost_beside, write_cost
+    from memsched.cost.observation_file import read, shrink
     from memsched.cost.rates import rates_digest
-    from memsched.detection.calibrated import observation_file
+    from memsched.detection.calibrated import check_hardware, observation_file
     from memsched.profiles import load_machine
 
     machine = load_machine(profile)
-    observations = read(observation_file(profile), rates_digest(machine))
-    coefficients = _fitted(observations, machine)
+    check_hardware(cost_beside(profile, machine), profile)
+    file, rates = observation_file(profile), rates_digest(machine)
+    coefficients = _fitted(read(file, rates), machine)
     write_cost(coefficients, profile)
+    shrink(file, rates)
     console.say(f"wrote {profile}")
     if as_json:
         print(json.dumps(_result(profile, coefficients)))

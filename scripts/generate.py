@@ -111,15 +111,15 @@ def _answer_once(options: argparse.Namespace, guard: Guard) -> int:
         _print_statistics(chat, settings, loaded)
     if options.json:
         print(json.dumps(_report(chat, settings, loaded)), flush=True)
-    if options.learn:
-        from qwen3vl_jax.planned.learning import learn
-
-        console.say(learn(loaded.model, options.machine).text())
     if options.reports:
         from qwen3vl_jax.planned.dry_run import write_report
 
         for path in options.reports:
             write_report(path, loaded.model.plan)
+    if options.learn:
+        from qwen3vl_jax.planned.learning import learn
+
+        console.say(learn(loaded.model, options.machine).text())
     loaded.model.close()
     return 0
 

@@ -5,6 +5,8 @@ is wrong anywhere else is refused.
 """
 
 import dataclasses
+import fcntl
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,16 +19,10 @@ from memsched.cost.observations import (
     CopyObservation,
     Observation,
     RunObservation,
-    observe,
 )
-from memsched.cost.rates import rates_digest
-from memsched.cost.span import Span
 from memsched.cost.strict import dtype, items, number, record, whole, word
 from memsched.errors import DamagedError, StoreError
-from memsched.machine import Machine
-from memsched.plan import Plan
-from memsched.program import Program
-from memsched.whole_file import write_whole
+from memsched.whole_file import check_target, write_whole
 
 VERSION = 1
 MOST_BYTES = 4 << 20
@@ -39,45 +35,52 @@ _FEATURES = tuple(field.name for field in dataclasses.fields(RunFeatures))
 _WORDS = ("kind", "dtype")
 
 
-def append(
-    file: Path,
-    plan: Plan,
-    program: Program,
-    machine: Machine,
-    spans: Sequence[Span],
-    carried_s: float = 0.0,
-) -> int:
-    """Adds what a pass of a plan says. Returns how many observations that is; 0 for a full file.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
-    return write(
-        file, rates_digest(machine), observe(plan, program, machine, spans, carried_s=carried_s)
-    )
-
-
 def write(file: Path, machine: str, observations: Iterable[Observation]) -> int:
-    """Adds observations of the machine with these rates; none to a file that is full.
+    """Adds observations of the machine with these rates. Returns how many: all, or 0 if the file
+    has no room for them.
 
     Raises:
-        StoreError: the file cannot be written.
+        StoreError: the file cannot be written; it is as it was.
     """
-    found = [_line(machine, one) for one in observations]
-    text = "".join(found)
+    lines = [_line(machine, one) for one in observations]
+    text = "".join(lines).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "r+b", buffering=0) as opened:
-            size = opened.seek(0, os.SEEK_END)
+        with _locked(file) as opened:
+            opened.seek(0)
+            size = opened.read().rfind(b"\n") + 1  # what a crash cut is written over
             if size + len(text) > MOST_BYTES:
                 return 0
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                text = "\n" + text  # what a crash cut stays a line of its own
-            opened.write(text.encode())
+            opened.truncate(size)
+            _write_all(opened, text, size)
     except OSError as error:
-        raise StoreError(f"observations {file}: {error.strerror}; give another place") from error
-    return len(found)
+        raise _refused(file, error) from error
+    return len(lines)
+
+
+def check_writable(file: Path) -> None:
+    """Raises StoreError if nothing could be added there: known before the work is done."""
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC))
+    except FileNotFoundError:
+        check_target(file)
+    except OSError as error:
+        raise _refused(file, error) from error
+
+
+def shrink(file: Path, machine: str) -> None:
+    """Leaves what `replace` would of the observations of the machine with these rates.
+
+    Raises:
+        DamagedError: the file is no such file.
+        StoreError: it cannot be written.
+    """
+    try:
+        opened = _locked(file)
+    except OSError as error:
+        raise _refused(file, error) from error
+    with opened:
+        replace(file, machine, read(file, machine))
 
 
 def replace(file: Path, machine: str, observations: Sequence[Observation]) -> int:
@@ -112,18 +115,43 @@ def read(file: Path, machine: str) -> tuple[Observation, ...]:
     if len(body) > MOST_BYTES:
         raise DamagedError(f"observations {file}: larger than {MOST_BYTES:,} B; delete it")
     found = []
-    for place, line in enumerate(body.split(b"\n"), start=1):
+    for place, line in enumerate(body.split(b"\n")[:-1], start=1):
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # cut; whatever parses is checked to the last key
-        try:
-            owner, observation = _observation(values)
+            owner, observation = _observation(_parsed(line))
         except DamagedError as error:
             raise DamagedError(f"observations {file}: line {place}: {error}; delete it") from None
         if owner == machine:
             found.append(observation)
     return tuple(found)
+
+
+def _locked(file: Path) -> io.FileIO:
+    """The file, open to be read and added to; until it is closed, nobody else adds to it."""
+    while True:
+        opened = io.FileIO(file, "a+", opener=lambda name, flags: os.open(name, flags, 0o600))
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+                return opened
+        except BaseException:
+            opened.close()
+            raise
+        opened.close()  # another file has taken its place
+
+
+def _write_all(opened: io.FileIO, text: bytes, size: int) -> None:
+    """Adds a text to so many bytes, or nothing: what a disk has room for it takes in silence."""
+    rest = memoryview(text)
+    try:
+        while rest:
+            rest = rest[opened.write(rest) :]
+    except OSError:
+        opened.truncate(size)
+        raise
+
+
+def _refused(file: Path, error: OSError) -> StoreError:
+    return StoreError(f"observations {file}: {error.strerror}; give another place")
 
 
 def _line(machine: str, one: Observation) -> str:
@@ -132,6 +160,13 @@ def _line(machine: str, one: Observation) -> str:
         values["run"] = list(values.pop("features").values())
     whole_line = {"v": VERSION, "machine": machine, **values}
     return json.dumps(whole_line, separators=(",", ":")) + "\n"
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        raise DamagedError("not JSON") from None
 
 
 def _observation(values: Any) -> tuple[str, Observation]:

@@ -1,7 +1,10 @@
 """Observations: what a pass says, and the file that collects them."""
 
 import dataclasses
+import fcntl
 import json
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +151,16 @@ def test_of_many_equal_steps_a_few_are_kept_at_equal_distances() -> None:
     assert one.seconds == (6, 16, 26, 36, 46, 56, 66, 76)
 
 
+def add(file: Path) -> int:
+    """Adds what one pass says: four observations."""
+    return files.write(file, rates_digest(MACHINE), observe(PLAN, PROGRAM, MACHINE, SPANS))
+
+
 def test_what_is_appended_is_read_back_for_this_machine_only(tmp_path: Path) -> None:
     file = tmp_path / "new" / "machine.observations.jsonl"
     assert files.read(file, rates_digest(MACHINE)) == ()
     for _ in range(2):
-        assert files.append(file, PLAN, PROGRAM, MACHINE, SPANS) == 4
+        assert add(file) == 4
     assert files.read(file, rates_digest(MACHINE)) == 2 * observe(PLAN, PROGRAM, MACHINE, SPANS)
     faster = tiny_machine(flops_per_s=1e9)
     assert files.read(file, rates_digest(faster)) == ()
@@ -161,10 +169,10 @@ def test_what_is_appended_is_read_back_for_this_machine_only(tmp_path: Path) -> 
 
 def test_a_full_file_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "full"
-    files.append(file, PLAN, PROGRAM, MACHINE, SPANS)
+    add(file)
     before = file.read_bytes()
     monkeypatch.setattr(files, "MOST_BYTES", 2 * len(before) - 1)
-    assert files.append(file, PLAN, PROGRAM, MACHINE, SPANS) == 0
+    assert add(file) == 0
     assert file.read_bytes() == before
 
 
@@ -178,12 +186,102 @@ def test_a_replaced_file_has_the_newest(tmp_path: Path, monkeypatch: pytest.Monk
     assert files.read(file, machine) == found[1:]
 
 
-def test_a_line_that_a_crash_cut_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+def test_what_a_crash_cut_is_left_out_and_written_over(tmp_path: Path) -> None:
     file = tmp_path / "cut"
-    files.append(file, PLAN, PROGRAM, MACHINE, SPANS)
-    file.write_bytes(file.read_bytes()[:-20])
-    files.append(file, PLAN, PROGRAM, MACHINE, SPANS)
+    add(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    assert len(files.read(file, rates_digest(MACHINE))) == 3
+    add(file)
     assert len(files.read(file, rates_digest(MACHINE))) == 7
+    assert file.stat().st_size == len(whole) + whole[:-20].rfind(b"\n") + 1
+
+
+def test_a_file_that_was_cut_never_grows_beyond_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cut"
+    add(file)
+    cut = file.read_bytes()[:-20]
+    for limit in range(2 * len(cut) - 300, 2 * len(cut) + 50):
+        file.write_bytes(cut)
+        monkeypatch.setattr(files, "MOST_BYTES", limit)
+        added = add(file)
+        assert file.stat().st_size <= limit
+        assert len(files.read(file, rates_digest(MACHINE))) == 3 + added
+
+
+def test_who_writes_waits_for_others_and_then_counts_what_they_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, added = tmp_path / "shared", []
+    add(file)
+    text = file.read_bytes()
+    monkeypatch.setattr(files, "MOST_BYTES", 2 * len(text))
+    thread = threading.Thread(target=lambda: added.append(add(file)))
+    with file.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        other.write(text)
+    thread.join()
+    assert added == [0]
+    assert file.read_bytes() == 2 * text
+
+
+def test_who_waited_adds_to_the_file_that_has_taken_the_place(tmp_path: Path) -> None:
+    file, machine = tmp_path / "shared", rates_digest(MACHINE)
+    add(file)
+    thread = threading.Thread(target=add, args=(file,))
+    with file.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.2)
+        files.replace(file, machine, observe(PLAN, PROGRAM, MACHINE, SPANS)[:1])
+    thread.join()
+    assert len(files.read(file, machine)) == 1 + 4
+
+
+def test_a_full_file_has_room_again_after_it_shrank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, machine, found = tmp_path / "full", rates_digest(MACHINE), []
+    monkeypatch.setattr(files, "MOST_BYTES", 4000)
+    files.write(file, "another", observe(PLAN, PROGRAM, MACHINE, SPANS))
+    while add(file):
+        found += observe(PLAN, PROGRAM, MACHINE, SPANS)
+    files.shrink(file, machine)
+    left = files.read(file, machine)
+    assert 1 < len(left) < len(found)
+    assert left == tuple(found[-len(left) :])
+    assert file.stat().st_size <= 2000
+    assert files.read(file, "another") == ()
+    assert add(file) == 4
+
+
+def test_a_disk_that_takes_a_part_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "observations"
+    add(file)
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) * 3 // 2, hard))
+    try:
+        with pytest.raises(StoreError, match="observations: File too large"):
+            add(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "binary"
+    file.write_bytes(b"\x00\xffgarbage\n" * 1000)
+    with pytest.raises(DamagedError, match="line 1: not JSON; delete it"):
+        files.read(file, "m")
+    file.write_text(f"{run_line()}\n{run_line()[:-20]}\n{run_line()}\n")
+    with pytest.raises(DamagedError, match="line 2: not JSON"):
+        files.read(file, "m")
 
 
 def run_line(**values: Any) -> str:
@@ -222,4 +320,16 @@ def test_a_wrong_line_is_refused_by_its_number(tmp_path: Path, line: str, says: 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="give another place"):
-        files.append(tmp_path / "file" / "observations", PLAN, PROGRAM, MACHINE, SPANS)
+        add(tmp_path / "file" / "observations")
+
+
+def test_a_place_is_checked_before_anything_is_written_there(tmp_path: Path) -> None:
+    file = tmp_path / "observations"
+    files.check_writable(file)
+    assert not file.exists()
+    add(file)
+    files.check_writable(file)
+    (tmp_path / "directory").mkdir()
+    for place, says in (("directory", "Is a directory; give"), ("no/where", "no such directory")):
+        with pytest.raises(StoreError, match=says):
+            files.check_writable(tmp_path / place)

@@ -5,30 +5,33 @@ import dataclasses
 import io
 import json
 import shutil
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from memsched.calibration import descent
 from memsched.calibration.scratch import Scratch
 from memsched.calibration.trials import measure
-from memsched.cost import Roofline, plan_seconds
+from memsched.cost import Roofline, observation_file, observations, plan_seconds
 from memsched.cost.coefficients_file import cost_beside, cost_file
 from memsched.cost.learned import LearnedCost
-from memsched.cost.observation_file import append, read
-from memsched.cost.observations import RunObservation
+from memsched.cost.observation_file import read, write
+from memsched.cost.observations import RunObservation, observe
 from memsched.cost.rates import rates_digest
 from memsched.detection import calibrated as known
 from memsched.detection.this_machine import detect
+from memsched.errors import StoreError
 from memsched.profiles import load_machine
-from qwen3vl_jax.planned import rehearsals
+from qwen3vl_jax.planned import learning, rehearsals
 from qwen3vl_jax.planned.dry_run import dry_run
 from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
 from qwen3vl_jax.planned.rehearsals import CALIBRATION, EVALUATION, Rehearsal, Shape, trial_of
 from qwen3vl_jax.planned.request import Request
-from scripts import calibrate, generate
+from scripts import calibrate, generate, plan
 
 SMALL = Shape(256, 512, 2, 1, 2, 2048, tower=128, depth=3)
 OTHER = Shape(384, 640, 3, 1, 2, 2048, tower=128, depth=3)
@@ -136,39 +139,143 @@ def test_what_streams_has_the_steps_that_machines_stream_with_and_a_twin_in_memo
     assert {one.phase for one in twins} == {one.phase for one in streaming}
 
 
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the end of every step were seen at once, however busy the machine is."""
+    monkeypatch.setattr(observations, "UNSURE_S", 1e3)
+
+
+@pytest.mark.usefixtures("idle")
 def test_runs_can_be_learnt_from(done: Done, tmp_path: Path) -> None:
-    profile = Path(shutil.copytree(done.settings, tmp_path / "copy")) / "memsched/machine.toml"
+    profile = copied(done, tmp_path)
     file, machine = known.observation_file(profile), load_machine(profile)
     before = read(file, rates_digest(machine))
     trial = trial_of(Rehearsal(TESTED, "decode", 64), machine)
     with Scratch(tmp_path) as scratch:
         spans = measure(trial, scratch, passes=1).spans[0]
-    assert append(file, trial.plan, trial.program, machine, spans) > 0
+    assert (
+        write(file, rates_digest(machine), observe(trial.plan, trial.program, machine, spans)) > 0
+    )
     after = read(file, rates_digest(machine))
     assert after[: len(before)] == before
     found, _ = run("--from-runs", "--out", str(profile))
     assert found["cases"] == 3
 
 
-def test_an_answer_adds_what_it_measured(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+LEARNING = ("--prompt", "hi", "--greedy", "--learn", "--dtype", "bfloat16", "-q")
+
+
+def copied(done: Done, folder: Path) -> Path:
+    """The profile of a copy of the calibration."""
+    return Path(shutil.copytree(done.settings, folder / "copy")) / "memsched/machine.toml"
+
+
+@pytest.mark.usefixtures("idle")
+def test_an_answer_adds_what_it_measured(
+    done: Done, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file, machine = known.observation_file(known.user_profile()), load_machine(known.user_profile())
     before = read(file, rates_digest(machine))
-    asked = ("--prompt", "hi", "-n", "3", "--greedy", "--learn", "--dtype", "bfloat16")
-    assert generate.main(asked) == 0
+    assert generate.main((*LEARNING, "-n", "3")) == 0
     after = read(file, rates_digest(machine))
     added = after[len(before) :]
     assert after[: len(before)] == before
-    # The newest pass of each phase: prompt and token.
+    # The second token's pass: that of the prompt and the first token's were cold.
     assert f"learned {len(added)} observations" in capsys.readouterr().err
-    assert {one.case for one in added if isinstance(one, RunObservation)} != set()
+    (_,) = {one.case for one in added if isinstance(one, RunObservation)}
+
+    # A pass that is the first of its plan says nothing, and nobody is warned of it.
+    assert generate.main((*LEARNING, "-n", "1")) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("learned nothing: no plan was carried out twice")
+    assert read(file, rates_digest(machine)) == after
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_file_without_room_is_said_to_be_full(
+    done: Done,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile = copied(done, tmp_path)
+    size = known.observation_file(profile).stat().st_size
+    monkeypatch.setattr(observation_file, "MOST_BYTES", size + 10)
+    assert generate.main((*LEARNING, "-n", "3", "--machine", str(profile))) == 0
+    assert "machine.observations.jsonl has no room for" in capsys.readouterr().err
+    assert known.observation_file(profile).stat().st_size == size
+    run("--from-runs", "--out", str(profile))
+    assert known.observation_file(profile).stat().st_size <= size // 2 + 5
 
 
 def test_nothing_can_be_learnt_without_a_calibration(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    done: Done, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     machine = str(tmp_path / "none.toml")
-    assert generate.main(("--prompt", "hi", "--learn", "--machine", machine)) == 2
+    assert generate.main((*LEARNING, "--machine", machine)) == 2
     assert "run scripts/calibrate.py first" in capsys.readouterr().err
+    profile = copied(done, tmp_path)
+    cost_file(profile).unlink()
+    assert generate.main((*LEARNING, "--machine", str(profile))) == 2
+    assert "has no cost model beside it in machine.cost.json" in capsys.readouterr().err
+
+
+def test_what_was_measured_elsewhere_takes_nothing_of_this_machine(
+    done: Done,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile = copied(done, tmp_path)
+    file = known.observation_file(profile)
+    before = file.read_bytes(), cost_file(profile).read_bytes()
+    monkeypatch.setattr(known, "hardware_identity", lambda: "f" * 16)
+    for machine in (("--machine", str(profile)), ()):
+        assert generate.main((*LEARNING, *machine)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"and this is {'f' * 16}: another processor" in err
+    assert calibrate.main(("--from-runs", "--out", str(profile))) == 2
+    assert f"{profile} was calibrated on hardware" in capsys.readouterr().err
+    assert (file.read_bytes(), cost_file(profile).read_bytes()) == before
+
+
+def test_a_calibration_of_another_platform_takes_nothing_of_this_machine(
+    done: Done, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = copied(done, tmp_path)
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="tpu")])
+    assert generate.main((*LEARNING, "--machine", str(profile))) == 2
+    assert "is of platform 'cpu', and JAX computes on 'tpu'" in capsys.readouterr().err
+
+
+def test_whatever_stops_learning_is_said_before_the_answer(
+    done: Done, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    profile = copied(done, tmp_path)
+    known.observation_file(profile).unlink()
+    known.observation_file(profile).mkdir()
+    assert generate.main((*LEARNING, "--machine", str(profile))) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "machine.observations.jsonl: Is a directory" in err
+    cost_file(profile).write_text("{")
+    assert generate.main((*LEARNING, "--machine", str(profile))) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "machine.cost.json: not JSON" in err
+
+
+def test_reports_are_written_though_learning_fails(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise StoreError("observations: No space left on device; give another place")
+
+    monkeypatch.setattr(learning, "write", full)
+    report = tmp_path / "report.json"
+    assert generate.main((*LEARNING, "-n", "2", "--report", str(report))) == 5
+    assert "decode" in json.loads(report.read_text())["phases"]
 
 
 def test_a_profile_of_other_hardware_or_a_damaged_one_is_passed_over(
@@ -181,9 +288,28 @@ def test_a_profile_of_other_hardware_or_a_damaged_one_is_passed_over(
         same, cost = known.calibrated(machine)
         assert same is machine
         assert isinstance(cost, Roofline)
-    profile = Path(shutil.copytree(done.settings, tmp_path / "copy")) / "memsched/machine.toml"
+    profile = copied(done, tmp_path)
     cost_file(profile).write_text("{")
     assert known.calibrated(machine, profile)[0] is machine
+
+
+def test_who_has_a_damaged_calibration_is_told_that_it_was_ignored(
+    done: Done, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = ("--prompt", "hi", "-n", "1", "-q")
+    assert generate.main(question) == 0
+    assert capsys.readouterr().err == ""
+    cost_file(copied(done, tmp_path)).write_text("{")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "copy"))
+    for work in (
+        lambda: generate.main(question),
+        lambda: generate.main((*question, "--dry-run")),
+        lambda: plan.main((str(generate.SHIPPED_CHECKPOINT),)),
+    ):
+        assert work() == 0
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("ignored what was learned of this machine: cost model ")
+        assert "machine.cost.json: not JSON" in said
 
 
 @pytest.mark.parametrize(
