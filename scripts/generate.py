@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memsched.errors import MemschedError
 from qwen3vl_jax import console
 from qwen3vl_jax.answer_options import add_question, add_settings, check_options
 from qwen3vl_jax.errors import Qwen3VLError
@@ -366,7 +367,7 @@ def _answer_aloud(chat: "Chat", loaded: Loaded, parts: list[Part], guard: Guard)
             for piece in chat.ask(loaded.model, turn, lambda: guard.stop_requested):
                 print(piece, end="", flush=True)
             print(flush=True)
-    except Qwen3VLError as error:
+    except (Qwen3VLError, MemschedError) as error:
         console.failed(error, debug=False)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from memsched.detection.memory_limits import ROOT
-from memsched.errors import DoesNotFitError
+from memsched.errors import DoesNotFitError, StoreError
 from memsched.pressure import Observation, Sensor, State, budget_for, following
 from memsched.runtime.schedule import arena_tier
 from memsched.sizes import format_size
@@ -120,6 +120,8 @@ class Adaptation:
         seen = self._sensor.observe()
         wanted = budget_for(seen, state)
         changed = None if wanted is None else self._change(wanted, seen, phase)
+        if wanted is not None and changed is None:
+            state = dataclasses.replace(state, calm_since_s=None)  # not again at the next look
         self._state = following(seen, state, changed)
 
     def refused(self, error: DoesNotFitError) -> bool:
@@ -127,10 +129,7 @@ class Adaptation:
         ceiling = self._state.ceiling_bytes
         if self._changed_by_user() or self.budget_bytes >= ceiling:
             return False
-        seen = self._sensor.observe()
-        try:
-            self._limit(ceiling, seen)
-        except DoesNotFitError:
+        if self._limit(ceiling, self._sensor.observe()) is not None:
             return False
         self._state = State(ceiling_bytes=ceiling, budget_bytes=ceiling)
         return True
@@ -145,19 +144,23 @@ class Adaptation:
 
     def _change(self, wanted_bytes: int, seen: Observation, phase: str) -> int | None:
         """Changes to a budget, or to the least that works; returns the new one if there is one."""
-        try:
-            self._limit(wanted_bytes, seen)
-        except DoesNotFitError as error:
-            least = self._floors[phase] = error.smallest.get(self._tier, self.budget_bytes)
-            if least >= self.budget_bytes:
-                return None
-            self._limit(least, seen)
-        return self.budget_bytes
+        failed = self._limit(wanted_bytes, seen)
+        if isinstance(failed, DoesNotFitError):
+            least = failed.smallest.get(self._tier, self.budget_bytes)
+            failed = self._limit(least, seen) if least < self.budget_bytes else failed
+            # What does not work though it should is not tried at every look.
+            self._floors[phase] = least if failed is None else max(least, self.budget_bytes)
+        return self.budget_bytes if failed is None else None
 
-    def _limit(self, nbytes: int, seen: Observation) -> None:
+    def _limit(self, nbytes: int, seen: Observation) -> DoesNotFitError | StoreError | None:
+        """Another budget, or why that in force stays: with it the answer can go on."""
         before, started_s = self.budget_bytes, time.perf_counter()
-        self._runner.limit(self._runner.machine.with_capacities({self._tier: nbytes}))
+        try:
+            self._runner.limit(self._runner.machine.with_capacities({self._tier: nbytes}))
+        except (DoesNotFitError, StoreError) as error:
+            return error
         change = Change(before, nbytes, seen, time.perf_counter() - started_s)
         self.changes.append(change)
         if self._say is not None:
             self._say(str(change))
+        return None

@@ -152,7 +152,7 @@ class PlannedRunner:
         if self.executor.held and self.timetable.adopted is None:
             turns = self.timetable.turns
             key = next(key for key in turns.group if key[0] == "decode")
-            self._bring(turns.plans.get(key) or self._plan()[key])
+            self._bring(turns.plans.get(key) or self._plan_in_all_room()[key])
         return CacheForm(batch, shapes.slots, shapes.row_dtype, shapes.block_slots)
 
     @alone
@@ -237,13 +237,21 @@ class PlannedRunner:
             raise saved.missing(phase.name)
         self.timetable.join(phase, arrays)
         try:
-            return self._plan()[key]
+            return self._plan_in_all_room()[key]
+        except DoesNotFitError as error:
+            self.timetable.leave(key)
+            if self._nvme_dir is None and self.timetable.cache is not None:
+                error = self.timetable.cache.with_a_way_out(error)
+            raise error from None
+
+    def _plan_in_all_room(self) -> Mapping[Key, Planned]:
+        """As `_plan`; if need be with the user's budget, of which a watcher has taken a part."""
+        try:
+            return self._plan()
         except DoesNotFitError as error:
             if self.watcher is None or not self.watcher.refused(error):
-                if self._nvme_dir is None and self.timetable.cache is not None:
-                    error = self.timetable.cache.with_a_way_out(error)
-                raise error from None
-            return self._plan()[key]
+                raise
+        return self._plan()
 
     def _plan(self) -> Mapping[Key, Planned]:
         """Plans all phases that take turns, and compiles them before weights are in the way."""

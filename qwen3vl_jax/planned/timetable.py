@@ -118,6 +118,11 @@ class Timetable:
         self.turns = dataclasses.replace(self.turns, group=group)
         return key
 
+    def leave(self, key: Key) -> None:
+        """A phase that has no plan takes no turns: the others can be planned without it."""
+        group = {other: one for other, one in self.turns.group.items() if other != key}
+        self.turns = dataclasses.replace(self.turns, group=group)
+
     def rehearse(self, cache: CacheShapes, others_bytes: int, chunk_tokens: int) -> None:
         """Plans a whole chunk of a prompt, and a token; DoesNotFitError if there is no plan."""
         self.turn_to(cache, others_bytes)

@@ -15,8 +15,8 @@ import tiny
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from memsched.errors import DoesNotFitError
-from memsched.machine import DEVICE
+from memsched.errors import DoesNotFitError, StoreError
+from memsched.machine import DEVICE, Machine
 from memsched.pressure.sensor import NO_STALLS
 from memsched.runtime.ledger import Ledger
 from qwen3vl_jax import Processor, Qwen3VL, UsageError
@@ -346,3 +346,59 @@ def test_a_model_adapts_once(opened: Callable[..., Qwen3VL], tmp_path: Path) -> 
         adapting(opened("dense"), root=tmp_path),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DoesNotFitError("nothing works", {DEVICE: 1_900_000}), StoreError("no address space")],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_answer_goes_on_with_the_old_budget_where_no_other_works(
+    opened: Callable[..., Qwen3VL],
+    plain: Callable[[str], Qwen3VL],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    model, tried = opened("dense"), []
+    model.set_memory(device_memory=2_400_000)
+    system = System(tmp_path, model)
+
+    def fails(machine: Machine) -> None:
+        tried.append(machine.tier(DEVICE).capacity_bytes)
+        raise error
+
+    monkeypatch.setattr(helper.runner_of(model), "limit", fails)
+    with adapting(model, root=tmp_path, clock=system.clock) as adaptation:
+        actions = {3: lambda: system.leave(1_500_000)}
+        told = model.generate(**tiny.inputs("image"), **GREEDY, streamer=Told(actions))
+    np.testing.assert_array_equal(told, plain("dense").generate(**tiny.inputs("image"), **GREEDY))
+    assert adaptation.budget_bytes == 2_400_000
+    assert adaptation.changes == []
+    assert tried[0] < 1_500_000
+    if isinstance(error, DoesNotFitError):
+        # What it says would do was tried, and then nothing more.
+        assert tried[1:] == [1_900_000]
+
+
+def test_a_budget_that_cannot_be_raised_is_tried_again_only_after_a_while(
+    opened: Callable[..., Qwen3VL], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look takes a second of this clock, and it has to be calm for ten."""
+    model, tried, length = opened("dense"), [], {"max_new_tokens": 40}
+    model.set_memory(device_memory=2_400_000)
+    system, runner = System(tmp_path, model), helper.runner_of(model)
+    lowered = runner.limit
+
+    def only_lowered(machine: Machine) -> None:
+        if machine.tier(DEVICE).capacity_bytes < 2_400_000 and not tried:
+            return lowered(machine)
+        tried.append(system.time_s)
+        raise StoreError("no address space")
+
+    monkeypatch.setattr(runner, "limit", only_lowered)
+    with adapting(model, root=tmp_path, clock=system.clock):
+        actions = {3: lambda: system.leave(2_000_000), 5: lambda: system.leave(EVERY)}
+        model.generate(**tiny.inputs("image"), **GREEDY | length, streamer=Told(actions))
+    assert len(tried) > 1
+    assert min(np.diff(tried)) >= 10.0

@@ -227,6 +227,26 @@ def test_a_conversation_goes_on_until_quit(
     assert cached[0] < cached[1]
 
 
+def test_a_conversation_goes_on_after_a_picture_that_has_no_room(
+    script: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    endless: str,
+) -> None:
+    picture = tmp_path / "large.png"
+    PIL.Image.new("RGB", (640, 640)).save(picture)
+    lines = ["hello", f"/image {picture}", "what is it?", "and now?", "/stats"]
+    stdin(monkeypatch, "\n".join(lines).encode())
+    small = ["--device-memory", "1.2MB"]
+    assert script.main(["--model", endless, "--interactive", "-n", "3", "-q", *small]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) >= 2
+    (complaint,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "in tier 'device', which has 1,200,000 B" in complaint
+    assert "Generation: 3 tokens" in err
+
+
 # ---- plans ----
 
 
