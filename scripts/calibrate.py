@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # Of the time, what is spent on tracing, compiling and a first round.
 PREPARING = 0.6
-# Whatever the time is: two to fit to, one to test with.
-FEWEST = 3
 PASSES = 4
 LONGEST_TRIAL_S = 1.5
 MEASURE_S = 1.0
@@ -75,7 +73,7 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     machine = detect(options.nvme_dir, measure_s=MEASURE_S)
     with Scratch(options.nvme_dir) as scratch:
         trials, tested = _trials(machine, 60 * options.minutes, evaluate=options.evaluate)
-        rounds = _rounds(trials, scratch, 60 * options.minutes)
+        rounds = _rounds(trials, tested, scratch, 60 * options.minutes)
     observations = _observations([one for one in trials if one.name not in tested], rounds)
     coefficients = _fitted(observations, machine)
     _write(profile, machine, coefficients, observations)
@@ -114,27 +112,43 @@ def _trials(
                 if source is tested:
                     names.add(trial.name)
         console.say(f"planned {len(trials)} programs")
-        if time.perf_counter() > end and len(trials) - len(names) >= 2:
+        if time.perf_counter() > end and _are_enough(trials, names):
             break
     return trials, names
 
 
-def _rounds(trials: list["Trial"], scratch: Any, seconds: float) -> dict[str, list["Measured"]]:
+def _are_enough(trials: Iterable["Trial"], tested: Collection[str]) -> bool:
+    """Whether there are as many cases as fitting takes and, of those for testing, one trial."""
+    from memsched.calibration.fit import FEWEST_CASES
+
+    cases, names = set(), set()
+    for trial in trials:
+        names.add(trial.name)
+        if trial.name not in tested:
+            cases.add(trial.case)
+    return len(cases) >= FEWEST_CASES and (not tested or not names.isdisjoint(tested))
+
+
+def _rounds(
+    trials: list["Trial"], tested: Collection[str], scratch: Any, seconds: float
+) -> dict[str, list["Measured"]]:
     """All trials in turn until the time is over, at least two rounds; the first one compiles.
 
-    Trials that there is no time for in the first round are left out.
+    Trials that there is no time for in the first round are left out, once there are enough.
     """
     from memsched.calibration.trials import measure
 
     start = time.perf_counter()
     found: dict[str, list[Measured]] = {}
+    begun: list[Trial] = []
     number = 0
     while number < 2 or time.perf_counter() - start < seconds:
         for trial in list(trials):
             late = time.perf_counter() - start > PREPARING * seconds
-            if number == 0 and late and len(found) >= FEWEST:
+            if number == 0 and late and _are_enough(begun, tested):
                 trials.remove(trial)
                 continue
+            begun.append(trial)
             measured = measure(trial, scratch, passes=PASSES, seconds=LONGEST_TRIAL_S)
             found.setdefault(trial.name, []).append(measured)
             if number > 1 and time.perf_counter() - start > seconds:

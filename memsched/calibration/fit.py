@@ -53,15 +53,15 @@ def fit(observations: Sequence[Observation], machine: Machine, identity: str) ->
         identity: says which hardware was measured.
 
     Raises:
-        ProgramError: less than `FEWEST_CASES` programs were measured.
+        ProgramError: programs of less than `FEWEST_CASES` shapes were measured.
     """
     runs = [one for one in observations if isinstance(one, RunObservation)]
     copies = [one for one in observations if isinstance(one, CopyObservation)]
     cases = list(dict.fromkeys(one.case for one in runs))
     if len(cases) < FEWEST_CASES:
         raise ProgramError(
-            f"{len(cases)} measured programs are too few to learn from, wanted {FEWEST_CASES};"
-            " measure for longer (--minutes)"
+            f"different shapes of measured programs: {len(cases)}, wanted {FEWEST_CASES} to learn"
+            " from; calibrate without --from-runs, and where more memory is free"
         )
     dtypes = tuple(sorted({one.features.dtype for one in runs}))
     kinds = tuple(sorted({kind_of(one.features) for one in runs}))

@@ -40,7 +40,7 @@ class LearnedCost:
         """What predictions rest on, for reports."""
         found = self.coefficients
         share = "" if self.quantile == MEDIAN else f", {self.quantile:.0%} quantile"
-        return f"learned from {found.cases} measured programs on this machine{share}"
+        return f"learned from programs of {found.cases} different shapes on this machine{share}"
 
     @property
     def quantiles(self) -> tuple[float, ...]:

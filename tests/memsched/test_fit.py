@@ -161,8 +161,8 @@ def test_equal_observations_give_equal_models(machine: Machine, fitted: Coeffici
         np.testing.assert_array_equal(values, second.run[name])
 
 
-def test_too_few_programs_are_refused(machine: Machine) -> None:
+def test_programs_of_too_few_shapes_are_refused(machine: Machine) -> None:
     some = measured((256,), np.random.default_rng(4))
     one_case = [one for one in some if one.case == some[0].case]
-    with pytest.raises(ProgramError, match="1 measured programs are too few"):
+    with pytest.raises(ProgramError, match="measured programs: 1, wanted 2"):
         fit(one_case, machine, "0" * 16)

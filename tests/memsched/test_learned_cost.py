@@ -99,7 +99,9 @@ def test_quantiles_are_the_median_and_what_was_fitted() -> None:
 
 
 def test_predictions_say_what_they_rest_on() -> None:
-    assert describe(LearnedCost(coefficients())).startswith("learned from 7 measured programs")
+    assert describe(LearnedCost(coefficients())).startswith(
+        "learned from programs of 7 different shapes"
+    )
     assert "90% quantile" in describe(LearnedCost(coefficients(), 0.9))
     assert "nothing was measured" in describe(Roofline())
 

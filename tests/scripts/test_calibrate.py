@@ -8,6 +8,7 @@ import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from memsched.cost.rates import rates_digest
 from memsched.detection import calibrated as known
 from memsched.detection.this_machine import detect
 from memsched.errors import StoreError
+from memsched.machine import Machine
 from memsched.profiles import load_machine
 from qwen3vl_jax.planned import learning, rehearsals
 from qwen3vl_jax.planned.dry_run import dry_run
@@ -51,12 +53,20 @@ class Done:
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     """Models that are measured in a moment."""
-    few = (Rehearsal(SMALL, "decode", 64), Rehearsal(OTHER, "decode", 64, share=0.5))
+    # The first ones in their order, of which two are of one shape; but small.
+    shapes = dict(
+        zip(dict.fromkeys(one.shape for one in CALIBRATION), (SMALL, OTHER), strict=False)
+    )
+    few = tuple(
+        dataclasses.replace(one, shape=shapes[one.shape], context=64) for one in CALIBRATION[:4]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsals, "CALIBRATION", few)
         tested = (Rehearsal(TESTED, "decode", 64), Rehearsal(TESTED, "decode", 64, codec="int8"))
         patch.setattr(rehearsals, "EVALUATION", tested)
         patch.setattr(calibrate, "MEASURE_S", 0.05)
+        # Whatever is not needed comes too late.
+        patch.setattr(calibrate, "PREPARING", 0.0)
         patch.setattr(descent, "STEPS", 200)
         yield patch
 
@@ -102,7 +112,10 @@ def test_what_was_measured_is_found_by_planning(done: Done) -> None:
     ).data
     decode = told["phases"]["decode"]
     assert decode["seconds"] <= decode["seconds_p90"] < 1.0
-    assert told["assumptions"]["seconds"] == "learned from 2 measured programs on this machine"
+    assert (
+        told["assumptions"]["seconds"]
+        == "learned from programs of 2 different shapes on this machine"
+    )
 
 
 def test_a_model_that_does_not_fit_is_left_out(
@@ -110,16 +123,17 @@ def test_a_model_that_does_not_fit_is_left_out(
 ) -> None:
     machine = load_machine(known.user_profile())
     large = dataclasses.replace(SMALL, hidden=1024, inner=4096)
-    with pytest.MonkeyPatch.context() as fewer:
-        fewer.setattr(
+    with pytest.MonkeyPatch.context() as more:
+        more.setattr(
             rehearsals,
             "CALIBRATION",
             (*rehearsals.CALIBRATION, Rehearsal(large, "decode", 64)),
         )
+        more.setattr(calibrate, "PREPARING", 0.6)
         trials, _ = calibrate._trials(
             machine.with_capacities({"device": 16 << 20}), 60.0, evaluate=False
         )
-    assert [trial.case for trial in trials] == ["256x512", "384x640"]
+    assert [trial.case for trial in trials] == 2 * ["256x512"] + 2 * ["384x640"]
     assert "left out decode 1024x4096" in capsys.readouterr().err
 
 
@@ -130,6 +144,27 @@ def test_the_evaluation_is_of_models_that_nothing_was_fitted_to(done: Done) -> N
     assert peak["name"].startswith("decode 320x576")
     assert peak["ledger_bytes"] == peak["predicted_bytes"] < peak["process_bytes"]
     assert "below p90" in done.text
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_however_little_time_there_is_two_shapes_are_measured_and_one_to_test_with(
+    done: Done, monkeypatch: pytest.MonkeyPatch, *, evaluate: bool
+) -> None:
+    def named(one: Rehearsal, machine: Machine) -> SimpleNamespace:
+        return SimpleNamespace(name=one.name, case=one.shape.name)
+
+    monkeypatch.setattr(rehearsals, "trial_of", named)
+    monkeypatch.setattr(rehearsals, "CALIBRATION", CALIBRATION)
+    monkeypatch.setattr(rehearsals, "EVALUATION", EVALUATION)
+    monkeypatch.setattr("memsched.calibration.trials.measure", lambda *_, **__: None)
+    machine = load_machine(known.user_profile())
+    trials, tested = calibrate._trials(machine, 0.0, evaluate=evaluate)
+    rounds = calibrate._rounds(trials, tested, None, 0.0)
+    assert [trial.name for trial in trials] == list(rounds)
+    # The first two are of one shape, so it takes a third; what is tested takes its turn before.
+    wanted = [CALIBRATION[0], CALIBRATION[1], *EVALUATION[: int(evaluate)], CALIBRATION[2]]
+    assert list(rounds) == [one.name for one in wanted]
+    assert CALIBRATION[0].shape == CALIBRATION[1].shape != CALIBRATION[2].shape
 
 
 def test_what_streams_has_the_steps_that_machines_stream_with_and_a_twin_in_memory() -> None:
