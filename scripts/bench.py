@@ -379,4 +379,4 @@ def _peer(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

@@ -19,7 +19,6 @@ of runs over weights that do not fit the cache; one codec is measured after anot
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -143,4 +142,4 @@ def _line(case: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

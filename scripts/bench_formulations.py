@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,4 +184,4 @@ def _packed(codec: Any, shape: tuple[int, int]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

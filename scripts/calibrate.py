@@ -12,7 +12,6 @@ python scripts/calibrate.py --evaluate --minutes 5
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -253,4 +252,4 @@ def _evaluation(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

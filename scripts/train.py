@@ -6,7 +6,6 @@ python scripts/train.py --demo --evaluate [--model DIR]  count right answers to 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,4 +101,4 @@ def _show(progress: "Progress") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

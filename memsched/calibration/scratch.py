@@ -1,4 +1,4 @@
-"""Weights to measure with: files full of noise, laid out like those of a converted store."""
+"""Weights to measure with: noise in a file, laid out like those of a converted store."""
 
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from memsched.detection.disk_rate import free_bytes
 from memsched.errors import StoreError
 from memsched.program import ArraySpec
 from memsched.stores.blocks import CHECKSUM_BYTES, Block, StoredArray
+from memsched.stores.buffers import PAGE_BYTES
 
 CHUNK_BYTES = 4 << 20
 SCALE = 0.02  # of weights, so that what is computed with them stays finite
@@ -20,17 +21,23 @@ FREE_PART = 2
 
 
 class Scratch:
-    """A folder of files that is removed when this is closed.
+    """A file without a name: it is gone when this is closed, and however the process ends.
 
-    Arrays of one program lie in different files; those of different programs share them.
+    Arrays of one program lie in different places; those of different programs share them.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
+        self.directory = Path(directory or tempfile.gettempdir())
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="memsched-", dir=directory)
+            self._file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise StoreError(f"directory {directory}: {error.strerror}; give another") from error
-        self.directory = Path(self._folder.name)
+            raise StoreError(
+                f"directory {self.directory}: {error.strerror}; give another"
+            ) from error
+        # The only path of a file without a name.
+        self._path = Path(f"/proc/self/fd/{self._file.fileno()}")
+        self._blocks: dict[tuple[int, int, int], Block] = {}
+        self._end = 0
         noise = np.random.default_rng(0).standard_normal(CHUNK_BYTES // 2, np.float32) * SCALE
         self._noise = noise.astype(ml_dtypes.bfloat16).tobytes()
 
@@ -43,7 +50,7 @@ class Scratch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._folder.cleanup()
+        self._file.close()
 
     def sources(self, weights: Mapping[str, ArraySpec]) -> dict[str, StoredArray]:
         """A source for each weight.
@@ -61,24 +68,33 @@ class Scratch:
         found = {}
         for name, spec in weights.items():
             number = counts[spec.nbytes] = counts.get(spec.nbytes, 0) + 1
-            found[name] = StoredArray(spec.nbytes, tuple(self._blocks(spec.nbytes, number)))
+            blocks = tuple(
+                self._block(spec.nbytes, number, start)
+                for start in range(0, spec.nbytes, CHUNK_BYTES)
+            )
+            found[name] = StoredArray(spec.nbytes, blocks)
         return found
 
-    def _blocks(self, nbytes: int, number: int) -> list[Block]:
-        blocks = []
-        for start in range(0, nbytes, CHUNK_BYTES):
+    def _block(self, nbytes: int, number: int, start: int) -> Block:
+        """What is at `start` of the array of so many bytes with this number."""
+        key = nbytes, number, start
+        if key not in self._blocks:
             size = min(CHUNK_BYTES, nbytes - start)
-            path = self.directory / f"{nbytes}-{number}-{start // CHUNK_BYTES}"
-            if not path.exists():
-                self._write(path, size)
-            blocks.append(Block(path, 0, size, size, True))
-        return blocks
+            block = Block(self._path, self._end, size, size, True)
+            self._write(block)
+            # As files of their own do, all begin where a page does.
+            self._end += -(-(size + CHECKSUM_BYTES) // PAGE_BYTES) * PAGE_BYTES
+            self._blocks[key] = block
+        return self._blocks[key]
 
-    def _write(self, path: Path, size: int) -> None:
-        payload = self._noise[:size]
+    def _write(self, block: Block) -> None:
+        payload = self._noise[: block.nbytes]
+        content = payload + google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little")
         try:
-            path.write_bytes(
-                payload + google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little")
-            )
+            self._file.seek(block.offset)
+            while content:
+                content = content[self._file.write(content) :]
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; give another directory") from error
+            raise StoreError(
+                f"directory {self.directory}: {error.strerror}; give another"
+            ) from error
