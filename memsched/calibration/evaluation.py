@@ -30,15 +30,16 @@ class Score:
     """Errors of one class of cases: of all medians in each round.
 
     `noise` and `worst_noise` are those of predicting by the round before. `covered` is the part of
-    single measurements below the 90 % quantile.
+    single measurements below the 90 % quantile. None is what nothing says: in one round there is no
+    noise, and of a link that nothing was fitted to no error.
     """
 
     what: str
     cases: int
-    median: float
-    worst: float
-    noise: float
-    worst_noise: float
+    median: float | None
+    worst: float | None
+    noise: float | None
+    worst_noise: float | None
     covered: float
 
 
@@ -176,12 +177,16 @@ def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
     return Score(
         what,
         len(earlier),
-        statistics.median(errors),
-        max(errors),
-        statistics.median(noise) if noise else math.nan,
-        max(noise, default=math.nan),
+        _finite(statistics.median(errors)),
+        _finite(max(errors)),
+        statistics.median(noise) if noise else None,
+        max(noise, default=None),
         statistics.fmean(covered),
     )
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def scores_text(found: Sequence[Score]) -> str:
@@ -189,11 +194,15 @@ def scores_text(found: Sequence[Score]) -> str:
     heads = f"{'median':>9}{'noise':>9}{'worst':>9}{'noise':>9}{'below p90':>11}"
     rows = [f"{'held out':<14}{'cases':>7}{heads}"]
     rows += [
-        f"{one.what:<14}{one.cases:>7}{one.median:>9.1%}{one.noise:>9.1%}{one.worst:>9.1%}"
-        f"{one.worst_noise:>9.1%}{one.covered:>11.1%}"
+        f"{one.what:<14}{one.cases:>7}{_part(one.median)}{_part(one.noise)}{_part(one.worst)}"
+        f"{_part(one.worst_noise)}{one.covered:>11.1%}"
         for one in found
     ]
     return "\n".join(rows) + "\n"
+
+
+def _part(number: float | None) -> str:
+    return f"{'-':>9}" if number is None else f"{number:>9.1%}"
 
 
 def peaks_text(found: Sequence[Peak]) -> str:

@@ -1,5 +1,8 @@
 """How far predictions are off: one step and one transfer, in two rounds of known times."""
 
+import dataclasses
+import json
+
 import programs
 import pytest
 
@@ -86,6 +89,19 @@ def test_errors_are_those_of_each_round_and_noise_is_what_the_round_before_says(
     # 3.5 s said, 3 and 5 s measured.
     assert numbers("whole passes") == pytest.approx([(1 / 6 + 0.3) / 2, 0.3, 0.4, 0.4, 0.5])
     assert "small steps" not in found
+
+
+def test_what_nothing_says_is_none_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Known, "copies_s", lambda *_: None)  # as of a link that was not measured
+    one_round = {TRIAL.name: ROUNDS[TRIAL.name][:1]}
+    found = {one.what: one for one in scores([TRIAL], one_round, Known())}
+    assert (found["steps"].noise, found["steps"].worst_noise) == (None, None)
+    assert (found["transfers"].median, found["transfers"].worst) == (None, None)
+    json.dumps([dataclasses.asdict(one) for one in found.values()], allow_nan=False)
+    (transfers,) = (
+        line for line in scores_text(tuple(found.values())).splitlines() if "transfers" in line
+    )
+    assert transfers.split() == ["transfers", "1", *"----", "100.0%"]
 
 
 def test_equal_steps_are_one_case_whatever_is_copied_beside_them() -> None:
