@@ -324,7 +324,7 @@ class Qwen3VL:
             host_memory: the same for main memory beside an accelerator.
 
         Raises:
-            UsageError: the model has no plans: all its weights are in memory.
+            UsageError: the model has no plans: all its weights are in memory. Or it is no size.
             memsched.errors.DoesNotFitError: too little for the answer under way. It has the least
                 that would do, and the old budgets stay in force.
         """

@@ -108,7 +108,7 @@ def load(
             encodings=encodings,
             granularity=choose_granularity(config, chosen, device_bytes, encodings),
             nvme_dir=_folder(budgets),
-            nvme_space_bytes=_bytes(budgets.nvme_space),
+            nvme_space_bytes=_bytes("nvme_space", budgets.nvme_space),
             max_context=budgets.max_context,
             cost=cost_model(budgets, machine),
             plan_seconds=budgets.plan_seconds,
@@ -132,7 +132,7 @@ def _encoded(
         UsageError: there is no place for one.
         DoesNotFitError, StorageError: there is too little space.
     """
-    folder, space = _folder(budgets), _bytes(budgets.nvme_space)
+    folder, space = _folder(budgets), _bytes("nvme_space", budgets.nvme_space)
     if folder is None:
         raise UsageError(
             f"level {budgets.level!r} needs a place for the encoded weights, which stream from "
@@ -140,7 +140,8 @@ def _encoded(
             f"{budgets.level} and load that"
         )
     # Measured rates and what is free differ in every run; what was asked does not.
-    memory = _bytes(budgets.device_memory), _bytes(budgets.host_memory), budgets.max_context
+    limits = _asked(budgets)
+    memory = limits.get(DEVICE), limits.get(HOST), budgets.max_context
     asked = machine.digest if budgets.machine else machine.platform
     made = encoded_store(
         path,
@@ -199,7 +200,7 @@ def set_memory(model: Qwen3VL, budgets: Budgets) -> None:
     """Gives a planned model other budgets, from its next pass on.
 
     Raises:
-        UsageError: the model has no plans.
+        UsageError: the model has no plans, or a budget is no size.
         ProgramError: a tier that its machine has not.
         DoesNotFitError: too little for what is under way, with the least that would do. Nothing has
             changed.
@@ -256,9 +257,9 @@ def _check_dtype(
 def _asked(budgets: Budgets) -> dict[str, int]:
     """Bytes of the tiers that are limited."""
     asked = {
-        DEVICE: _bytes(budgets.device_memory),
-        HOST: _bytes(budgets.host_memory),
-        NVME: _bytes(budgets.nvme_space),
+        DEVICE: _bytes("device_memory", budgets.device_memory),
+        HOST: _bytes("host_memory", budgets.host_memory),
+        NVME: _bytes("nvme_space", budgets.nvme_space),
     }
     return {name: size for name, size in asked.items() if size is not None}
 
@@ -267,5 +268,9 @@ def _folder(budgets: Budgets) -> Path | None:
     return None if budgets.nvme_dir is None else Path(budgets.nvme_dir)
 
 
-def _bytes(size: int | str | None) -> int | None:
-    return size if size is None or isinstance(size, int) else parse_size(size)
+def _bytes(name: str, size: int | str | None) -> int | None:
+    if isinstance(size, str):
+        return parse_size(size)
+    if size is not None and type(size) is not int:
+        raise UsageError(f"{name}={size!r} is no size; give whole bytes, or text like '1.5GiB'")
+    return size

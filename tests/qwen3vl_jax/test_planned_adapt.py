@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from memsched.runtime.ledger import Ledger
 from qwen3vl_jax import Processor, Qwen3VL, UsageError
 from qwen3vl_jax.chat import Chat
 from qwen3vl_jax.generation_settings import load_settings
+from qwen3vl_jax.planned import loading
 from qwen3vl_jax.planned.adapt import adapting
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
@@ -239,6 +241,13 @@ def test_a_budget_may_be_raised_beyond_the_first_one(
 def test_only_a_planned_model_has_budgets(plain: Callable[[str], Qwen3VL]) -> None:
     with pytest.raises(UsageError, match="no plan could give any of it back"):
         plain("dense").set_memory(device_memory="1GB")
+
+
+@pytest.mark.parametrize("size", [1.5e6, True, b"1MB"])
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    # Not what the import hook of the tests wraps: that refuses such arguments itself.
+    with pytest.raises(UsageError, match=r"device_memory=.* is no size; give whole bytes"):
+        inspect.unwrap(loading._bytes)("device_memory", size)
 
 
 # ---- with memory pressure ----
