@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Of the time, what is spent on tracing, compiling and a first round.
 PREPARING = 0.6
+MINUTES = 2
 PASSES = 4
 LONGEST_TRIAL_S = 1.5
 MEASURE_S = 1.0
@@ -42,12 +43,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = console.described(__doc__)
     add = parser.add_argument
     add("--out", type=Path, metavar="TOML", help="write the profile here, its cost model beside it")
-    add("--minutes", type=_minutes, default=2.0, metavar="N", help="how long to measure (2)")
+    add("--minutes", type=_minutes, metavar="N", help=f"how long to measure ({MINUTES})")
     add("--nvme-dir", type=Path, metavar="DIR", help="the disk to measure; that of temporary files")
     add("--evaluate", action="store_true", help="also measure models that nothing is fitted to")
     add("--from-runs", action="store_true", help="measure nothing: fit to what runs have added")
     add("--json", action="store_true", help="write one JSON object as the last line of stdout")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    given = {
+        "--minutes": options.minutes is not None,
+        "--nvme-dir": options.nvme_dir is not None,
+        "--evaluate": options.evaluate,
+    }
+    found = [flag for flag, is_given in given.items() if is_given]
+    if options.from_runs and found:
+        parser.error(f"--from-runs measures nothing; leave out {', '.join(found)}")
+    return options
 
 
 def _minutes(text: str) -> float:
@@ -67,12 +77,14 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     profile = options.out or user_profile()
     if options.from_runs:
         return _learn_from_runs(profile, as_json=options.json)
+    _check_targets(profile)
+    seconds = 60.0 * (options.minutes or MINUTES)
     heap.share()
     console.say("measuring processor and disk")
     machine = detect(options.nvme_dir, measure_s=MEASURE_S)
     with Scratch(options.nvme_dir) as scratch:
-        trials, tested = _trials(machine, 60 * options.minutes, evaluate=options.evaluate)
-        rounds = _rounds(trials, tested, scratch, 60 * options.minutes)
+        trials, tested = _trials(machine, seconds, evaluate=options.evaluate)
+        rounds = _rounds(trials, tested, scratch, seconds)
     observations = _observations([one for one in trials if one.name not in tested], rounds)
     coefficients = _fitted(observations, machine)
     _write(profile, machine, coefficients, observations)
@@ -83,6 +95,17 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     if options.json:
         print(json.dumps(result))
     return 0
+
+
+def _check_targets(profile: Path) -> None:
+    """Raises StoreError if what is found could not be written: known before it is measured."""
+    from memsched.cost.coefficients_file import cost_file
+    from memsched.detection.calibrated import observation_file
+    from memsched.whole_file import check_target
+
+    profile.parent.mkdir(parents=True, exist_ok=True)
+    for file in (profile, cost_file(profile), observation_file(profile)):
+        check_target(file)
 
 
 def _trials(

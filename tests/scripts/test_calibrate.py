@@ -347,6 +347,18 @@ def test_who_has_a_damaged_calibration_is_told_that_it_was_ignored(
         assert "machine.cost.json: not JSON" in said
 
 
+@pytest.mark.parametrize("taken", ["laptop.toml", "laptop.cost.json", "laptop.observations.jsonl"])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, taken: str
+) -> None:
+    (tmp_path / taken).mkdir()
+    monkeypatch.setattr("memsched.detection.this_machine.detect", pytest.fail)
+    assert calibrate.main(("--out", str(tmp_path / "laptop.toml"))) == 5
+    said = capsys.readouterr().err
+    assert f"{taken} is not a regular file" in said
+    assert "measuring" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -354,6 +366,9 @@ def test_who_has_a_damaged_calibration_is_told_that_it_was_ignored(
         (("--minutes", "soon"), 2, "soon"),
         (("--nvme-dir", "/nowhere"), 5, "/nowhere"),
         (("--from-runs", "--out", "/nowhere/a.toml"), 2, "/nowhere/a.toml"),
+        (("--from-runs", "--evaluate"), 2, "leave out --evaluate"),
+        (("--from-runs", "--minutes", "2"), 2, "leave out --minutes"),
+        (("--from-runs", "--nvme-dir", "/tmp"), 2, "leave out --nvme-dir"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
