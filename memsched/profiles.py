@@ -69,9 +69,18 @@ def write_machine(machine: Machine, path: Path) -> None:
         ProgramError: the machine breaks a rule of `load_machine`.
         StoreError: the file cannot be written.
     """
+    write_whole(path, to_toml(machine))
+
+
+def to_toml(machine: Machine) -> str:
+    """The text that `load_machine` reads back as the same machine.
+
+    Raises:
+        ProgramError: the machine breaks a rule of `load_machine`.
+    """
     text = "\n".join(_lines(machine)) + "\n"
     _machine(tomllib.loads(text))
-    write_whole(path, text)
+    return text
 
 
 def _machine(values: Mapping[str, Any]) -> Machine:

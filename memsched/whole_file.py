@@ -5,7 +5,7 @@ import io
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from memsched.errors import StoreError
@@ -22,6 +22,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.write(content)
         else:
             file.buffer.write(content)
+
+
+def write_together(contents: Mapping[Path, str]) -> None:
+    """Writes files that appear one right after the other, in this order, when all are on disk.
+
+    Raises:
+        StoreError: one cannot be written; then none of them is.
+    """
+    with contextlib.ExitStack() as stack:
+        # The last one entered is the first to appear.
+        for path, content in reversed(list(contents.items())):
+            file = stack.enter_context(appearing(path))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def check_target(path: Path) -> None:
@@ -53,6 +68,8 @@ def appearing(path: Path) -> Iterator[io.TextIOWrapper]:
             os.unlink(temporary)
             raise
         _sync_directory(target.parent)
+    except StoreError:  # of a file that was to appear before this one
+        raise
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}; nothing was written") from error
 

@@ -207,15 +207,17 @@ def _write(
     coefficients: "Coefficients",
     observations: Sequence["Observation"],
 ) -> None:
-    """The cost model before the profile that it belongs to; what was measured starts anew."""
-    from memsched.cost.coefficients_file import write_cost
+    """The cost model together with the profile it belongs to; what was measured starts anew.
+
+    A kill between the two leaves a pair whose digests differ, which nobody takes for calibrated.
+    """
+    from memsched.cost.coefficients_file import cost_file, to_json
     from memsched.cost.observation_file import replace
     from memsched.detection.calibrated import observation_file
-    from memsched.profiles import write_machine
+    from memsched.profiles import to_toml
+    from memsched.whole_file import write_together
 
-    profile.parent.mkdir(parents=True, exist_ok=True)
-    write_machine(machine, profile)
-    write_cost(coefficients, profile)
+    write_together({cost_file(profile): to_json(coefficients), profile: to_toml(machine)})
     replace(observation_file(profile), coefficients.machine, observations)
     console.say(f"wrote {profile}")
 

@@ -1,6 +1,8 @@
 """Reports on a terminal and in files; what more would be worth; what differs between two."""
 
+import errno
 import io
+import os
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from memsched.report.line_plot import Curve, plot_svg
 from memsched.report.rendering import WIDTH, columns, plain, show
 from memsched.report.text import to_text, view
 from memsched.report.what_if import gains_s
-from memsched.whole_file import write_whole
+from memsched.whole_file import write_together, write_whole
 
 SUMMARY = summarize(PINNED, CHAIN, SMALL, COST, {"lru": 1.0})
 
@@ -216,3 +218,27 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     with pytest.raises(StoreError, match="nowhere"):
         write_whole(tmp_path / "nowhere" / "a.txt", "text")
+
+
+@pytest.mark.parametrize("done_syncs", [0, 1])
+def test_files_that_belong_together_stay_as_they_were_if_one_of_them_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done_syncs: int
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_together({first: "old", second: "old"})
+    syncs = iter([os.fsync] * done_syncs)
+    monkeypatch.setattr(os, "fsync", lambda file: next(syncs, _no_room)(file))
+    # The last one is written first: it is the first one that appears first.
+    failing = ("second", "first")[done_syncs]
+    with pytest.raises(
+        StoreError, match=f"{failing}: No space left on device; nothing was written$"
+    ):
+        write_together({first: "new", second: "new"})
+    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["old", "old"]
+    monkeypatch.undo()
+    write_together({first: "new", second: "new"})
+    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["new", "new"]
+
+
+def _no_room(file: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
+import os
 import shutil
 import types
 from collections.abc import Iterator
@@ -357,6 +359,33 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(
     said = capsys.readouterr().err
     assert f"{taken} is not a regular file" in said
     assert "measuring" not in said
+
+
+@pytest.mark.parametrize(("done_files", "found"), [(0, "old"), (1, "none"), (2, "new"), (3, "new")])
+def test_whenever_writing_ends_there_is_the_old_pair_or_the_new_one_or_a_line_says_why_not(
+    done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done_files: int, found: str
+) -> None:
+    profile = Path(shutil.copytree(done.settings, tmp_path / "copy")) / "memsched/machine.toml"
+    old = load_machine(profile)
+    compute = dataclasses.replace(old.compute, flops_per_s=2 * old.compute.flops_per_s)
+    new, here = dataclasses.replace(old, compute=compute), detect(tmp_path, measure_s=0.0)
+    cost = known.calibrated(here, profile)[1]
+    assert isinstance(cost, LearnedCost)
+    coefficients = dataclasses.replace(cost.coefficients, machine=rates_digest(new))
+    with monkeypatch.context() as failing:
+        replacements = iter([os.replace] * done_files)
+        failing.setattr(os, "replace", lambda *paths: next(replacements, _no_room)(*paths))
+        with contextlib.nullcontext() if done_files == 3 else pytest.raises(StoreError):
+            calibrate._write(profile, new, coefficients, ())
+    machine, cost = known.calibrated(here, profile)
+    assert isinstance(cost, Roofline if found == "none" else LearnedCost)
+    assert machine.compute == {"old": old, "none": here, "new": new}[found].compute
+    assert ("fitted for rates" in describe(cost)) is (found == "none")
+    assert len(list(profile.parent.iterdir())) == 3
+
+
+def _no_room(*paths: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
