@@ -186,7 +186,7 @@ def test_what_fits_stays() -> None:
 @pytest.mark.parametrize(
     ("calibrated", "says"),
     [
-        (True, "learned from 7 measured programs on this machine"),
+        (True, "learned from programs of 7 different shapes on this machine"),
         (False, "the profile's rates; nothing was measured, scripts/calibrate.py does that"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_refusal_says_what_times_would_have_rested_on() -> None:
     machine = profile("laptop-cpu")
     cost, asked = LearnedCost(coefficients(machine)), Request(20, 7)
     refused = refusal_dict({}, config("dense"), machine, asked, "float32", cost, compiled=False)
-    assert refused["assumptions"]["seconds"].startswith("learned from 7 measured programs")
+    assert refused["assumptions"]["seconds"].startswith("learned from programs of 7 different shapes")
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])

@@ -380,7 +380,7 @@ def test_whenever_writing_ends_there_is_the_old_pair_or_the_new_one_or_a_line_sa
     machine, cost = known.calibrated(here, profile)
     assert isinstance(cost, Roofline if found == "none" else LearnedCost)
     assert machine.compute == {"old": old, "none": here, "new": new}[found].compute
-    assert ("fitted for rates" in describe(cost)) is (found == "none")
+    assert ("fitted for rates" in str(known.damage(profile))) is (found == "none")
     assert len(list(profile.parent.iterdir())) == 3
 
 
