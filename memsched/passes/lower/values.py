@@ -200,6 +200,9 @@ def _fetch(tiers: _Tiers, name: str) -> None:
     """Brings an array back. Its copy outside stays."""
     home = tiers.away[name]
     through_host = home == NVME and tiers.needs.source == HOST
+    if through_host:
+        # More may lie there by now than when it went to its file.
+        tiers.touch(HOST, tiers.host_used + tiers.needs.host_bytes[name])
     _pass_on(tiers, name, [NVME, HOST, DEVICE] if through_host else [home, DEVICE])
     tiers.hold(name)
     tiers.touch(DEVICE, tiers.used)
