@@ -5,7 +5,7 @@ and brute force can enumerate them. `tiny_kernels.py` makes them computable.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -231,13 +231,44 @@ def random_program(
     return program(arrays, made, [*outputs, *caches])
 
 
-def naive_plan(program: Program, machine: Machine) -> Plan:
+def random_layers(rng: np.random.Generator) -> Program:
+    """Layers with weights alike, one to three each: little else is there, so memory decides."""
+    count, values = int(rng.integers(16, 61)), rng.integers(16, 200, int(rng.integers(1, 4)))
+    flops = rng.integers(100, 2000, int(rng.integers(1, 3)))
+    states = [f"h{layer}" for layer in range(count + 1)]
+    caches = [f"cache{layer}" for layer in range(count)] if rng.random() < 0.3 else []
+    weights = [[f"w{layer}.{index}" for index in range(len(values))] for layer in range(count)]
+    arrays = [array(states[0], "input", 8), *(array(name, "activation", 8) for name in states[1:])]
+    arrays += [array(name, "cache", 16) for name in caches]
+    arrays += [
+        array(name, "weight", int(size))
+        for names in weights
+        for name, size in zip(names, values, strict=True)
+    ]
+    steps = [
+        Step(
+            f"layer{layer}",
+            "layer",
+            (before, *weights[layer]),
+            (after,),
+            tuple(caches[layer : layer + 1]),
+            flops=int(flops[layer % len(flops)]),
+            workspace_bytes=100,
+        )
+        for layer, (before, after) in enumerate(itertools.pairwise(states))
+    ]
+    return program(arrays, steps, [states[-1], *caches])
+
+
+def naive_plan(program: Program, machine: Machine, pinned: Collection[str] = ()) -> Plan:
     """Fetches each weight right before the step that reads it and frees it right after.
 
-    Nothing is pinned and nothing but weights ever moves. It is valid wherever it fits.
+    Only those `pinned` stay on the device, from offset 0. Nothing but weights ever moves. It is
+    valid wherever it fits.
     """
-    weights = dict.fromkeys(program.of_kind("weight"))
-    rest = [Residence(name, NVME) for name in weights]
+    weights = dict.fromkeys(name for name in program.of_kind("weight") if name not in pinned)
+    pins, ring_offset = _pins([program.arrays[name] for name in pinned], machine)
+    rest = [*(Residence(name, NVME) for name in program.of_kind("weight")), *pins]
     given = [name for name in program.given if program.arrays[name].kind != "weight"]
     last = {name: index for index, step in enumerate(program.steps) for name in step.inputs}
     last |= {
@@ -246,19 +277,20 @@ def naive_plan(program: Program, machine: Machine) -> Plan:
         for name in step.writes
         if name not in last
     }
-    stays = {*program.outputs, *program.of_kind("cache", "feature")}
+    left = {*program.outputs, *program.of_kind("cache", "feature")}
+    stays = {*left, *pinned}
     actions: list[Action] = [
         Free(name, DEVICE) for name in given if name not in last and name not in stays
     ]
     slots: dict[int, int] = {}
     for index, step in enumerate(program.steps):
         reads = dict.fromkeys(name for name in step.reads if name in weights)
-        _fetch(actions, slots, [program.arrays[name] for name in reads], machine)
+        _fetch(actions, slots, [program.arrays[name] for name in reads], machine, ring_offset)
         actions.append(Run(step.name))
         actions += [Free(name, DEVICE) for name in reads]
         done = [name for name in dict.fromkeys(step.inputs + step.writes) if last[name] == index]
         actions += [Free(name, DEVICE) for name in done if name not in stays | reads.keys()]
-    kept = [name for name in program.arrays if name in stays]
+    kept = [name for name in program.arrays if name in left]
     return Plan(
         program.digest,
         machine.digest,
@@ -269,11 +301,24 @@ def naive_plan(program: Program, machine: Machine) -> Plan:
     )
 
 
+def _pins(weights: Sequence[ArraySpec], machine: Machine) -> tuple[list[Residence], int]:
+    """Weights side by side on the device, and where the room of the others starts."""
+    pins, end = [], 0
+    for spec in weights:
+        pins.append(Residence(spec.name, DEVICE, offset=end if machine.device_is_host else None))
+        if machine.device_is_host:
+            end += rounded(spec.nbytes, machine.tier(DEVICE).alignment_bytes)
+    return pins, end
+
+
 def _fetch(
-    actions: list[Action], slots: dict[int, int], weights: Sequence[ArraySpec], machine: Machine
+    actions: list[Action],
+    slots: dict[int, int],
+    weights: Sequence[ArraySpec],
+    machine: Machine,
+    offset: int,
 ) -> None:
-    """Appends the Copies of some weights to the device, side by side from offset 0."""
-    offset = 0
+    """Appends the Copies of some weights to the device, side by side from an offset."""
     for spec in weights:
         slots[len(actions)] = offset
         if machine.device_is_host:

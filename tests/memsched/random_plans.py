@@ -42,6 +42,17 @@ def random_plan(rng: np.random.Generator, program: Program, machine: Machine) ->
 
     Whether it fits is not looked at: give the machine what the plan takes.
     """
+    return _written(_drawn(rng, program, machine))
+
+
+def random_round(rng: np.random.Generator, program: Program, machine: Machine) -> Plan:
+    """The same, but weights lie after it as they lay before it: it can follow itself."""
+    draft = _drawn(rng, program, machine)
+    _settle(draft)
+    return _written(draft)
+
+
+def _drawn(rng: np.random.Generator, program: Program, machine: Machine) -> Draft:
     draft = Draft(program, machine, rng)
     _enter(draft)
     makers = _makers(program)
@@ -53,7 +64,8 @@ def random_plan(rng: np.random.Generator, program: Program, machine: Machine) ->
             needed = any(name in other.inputs for other in program.steps[index + 1 :])
             if not needed and not _stays(program, name) and not _source(program, name):
                 _drop(draft, name)
-    return _finish(draft, makers)
+    _finish(draft, makers)
+    return draft
 
 
 def _stays(program: Program, name: str) -> bool:
@@ -190,7 +202,7 @@ def _stir(draft: Draft, later: set[str], makers: dict[str, Step]) -> None:
             _free(draft, name, tier)
 
 
-def _finish(draft: Draft, makers: dict[str, Step]) -> Plan:
+def _finish(draft: Draft, makers: dict[str, Step]) -> None:
     """Outputs to the device, everything that is done with freed."""
     stays = [name for name in draft.program.arrays if _stays(draft.program, name)]
     for name in stays:
@@ -199,6 +211,31 @@ def _finish(draft: Draft, makers: dict[str, Step]) -> Plan:
     for name, tier in list(draft.held):
         if name not in stays or (not draft.is_weight(name) and tier != DEVICE):
             _free(draft, name, tier)
+
+
+def _settle(draft: Draft) -> None:
+    """Every weight to where it was first, and nowhere else."""
+    first = {(one.array, one.tier): one.offset for one in draft.entry if draft.is_weight(one.array)}
+    for (name, tier), offset in list(draft.held.items()):
+        if draft.is_weight(name) and ((name, tier) not in first or first[name, tier] != offset):
+            _free(draft, name, tier)
+    near, far = draft.tiers[-2:]
+    above = sum(rounded(spec.nbytes, 64) for spec in draft.program.arrays.values())
+    for name, tier in [where for where in first if where not in draft.held]:
+        source = near if tier == DEVICE and near != DEVICE else far
+        passes = source == near and (name, near) not in draft.held
+        if passes:
+            draft.slots[len(draft.actions)] = above
+            draft.actions.append(Copy(name, far, near))
+        if tier == near:
+            draft.slots[len(draft.actions)] = first[name, tier] or 0
+        draft.actions.append(Copy(name, source, tier))
+        draft.held[name, tier] = first[name, tier]
+        if passes:
+            draft.actions.append(Free(name, near))
+
+
+def _written(draft: Draft) -> Plan:
     return Plan(
         draft.program.digest,
         draft.machine.digest,
