@@ -8,6 +8,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, NVME, Machine
 from memsched.passes.baselines import baselines
 from memsched.passes.bridge import bridge
-from memsched.passes.compile import compile_phases
 from memsched.plan import Plan, Residence
 from memsched.referee import verify
 from memsched.report import Summary, summarize
@@ -33,6 +33,7 @@ from qwen3vl_jax.planned.granularity import choose_granularity, finest, vocab_bl
 from qwen3vl_jax.planned.long_requests import with_blocks
 from qwen3vl_jax.planned.programs import Traced
 from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.turns import planned_together
 from qwen3vl_jax.planned.works import Tracer, Work, traced_request, works_of
 
 # The way that is not among the predicted ones where it does not fit.
@@ -128,27 +129,13 @@ def forecast(
     fine = {name: one.program for name, one in tracer(finest(config), rows).items()}
     smallest = smallest_budgets(fine, machine, cost)
     try:
-        plans = compile_phases(
-            programs,
-            machine,
-            BesideCopies(cost),
-            predicted_by=cost,
-            plan_seconds=plan_seconds,
-        )
+        plans = planned_together(programs, machine, cost, plan_seconds)
     except DoesNotFitError:
         in_blocks = with_blocks(request, config, dtype, machine)
-        if in_blocks is not None:
-            return forecast(
-                config,
-                machine,
-                in_blocks,
-                dtype=dtype,
-                cost=cost,
-                compiler=compiler,
-                encodings=encodings,
-                plan_seconds=plan_seconds,
-            )
-        raise _refusal(smallest.checked(), machine) from None
+        if in_blocks is None:
+            raise _refusal(smallest.checked(), machine) from None
+        how: dict[str, Any] = {"cost": cost, "compiler": compiler, "encodings": encodings}
+        return forecast(config, machine, in_blocks, dtype=dtype, plan_seconds=plan_seconds, **how)
     found = _passes(works, traced, plans, machine, cost, encodings, plan_seconds)
     taken_s = time.perf_counter() - started_s[0], time.process_time() - started_s[1]
     return Forecast(

@@ -11,7 +11,6 @@ from memsched.cost.contention import BesideCopies
 from memsched.errors import DoesNotFitError
 from memsched.machine import NVME, Machine
 from memsched.passes.bridge import bridge
-from memsched.passes.compile import compile_phases
 from memsched.plan import Plan, Residence
 from memsched.program import ArraySpec, Program, Step
 from memsched.tracing.steps import Known
@@ -26,7 +25,7 @@ from qwen3vl_jax.planned.replanning import refusal
 from qwen3vl_jax.planned.saved import SavedPlans
 from qwen3vl_jax.planned.sealed import Sealed
 from qwen3vl_jax.planned.shapes import CacheShapes, scores_shapes
-from qwen3vl_jax.planned.turns import Key, Planned, in_order, key_of, programs_of
+from qwen3vl_jax.planned.turns import Key, Planned, in_order, key_of, planned_together, programs_of
 
 MOST_TRACED = 64
 MOST_ALIKE = 2  # shapes of a phase that are planned together: whole chunks of a prompt, the rest
@@ -226,12 +225,6 @@ class Timetable:
         programs = programs_of(ordered)
         if not programs:
             return {}
-        plans = compile_phases(
-            programs,
-            machine,
-            BesideCopies(self._cost),
-            predicted_by=self._cost,
-            plan_seconds=self._plan_seconds,
-        )
+        plans = planned_together(programs, machine, self._cost, self._plan_seconds)
         named = zip(programs, ordered.items(), strict=True)
         return {key: Planned(traced, plans[name]) for name, (key, traced) in named}

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from memsched.machine import NVME
+from memsched.cost import CostModel
+from memsched.cost.contention import BesideCopies
+from memsched.machine import NVME, Machine
+from memsched.passes.compile import compile_phases
 from memsched.plan import Plan, Residence
 from memsched.program import Program
 from qwen3vl_jax.phases import Phase
@@ -54,6 +57,18 @@ def in_order(group: Mapping[Key, Traced]) -> dict[Key, Traced]:
     }
     order = sorted(group, key=lambda key: PHASE_ORDER.index(key[0]))
     return {key: group[key].knowing(shared) for key in order}
+
+
+def planned_together(
+    programs: Mapping[str, Program], machine: Machine, cost: CostModel, plan_seconds: float | None
+) -> Mapping[str, Plan]:
+    """Plans of phases that take turns: made for steps beside copies, judged by the cost model.
+
+    Raises:
+        DoesNotFitError: a phase has no plan within the budgets.
+    """
+    beside = BesideCopies(cost)
+    return compile_phases(programs, machine, beside, predicted_by=cost, plan_seconds=plan_seconds)
 
 
 def programs_of(ordered: Mapping[Key, Traced]) -> dict[str, Program]:

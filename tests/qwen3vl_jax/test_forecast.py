@@ -203,7 +203,7 @@ def test_a_refusal_says_what_times_would_have_rested_on() -> None:
     machine = profile("laptop-cpu")
     cost, asked = LearnedCost(coefficients(machine)), Request(20, 7)
     refused = refusal_dict({}, config("dense"), machine, asked, "float32", cost, compiled=False)
-    assert refused["assumptions"]["seconds"].startswith("learned from programs of 7 different shapes")
+    assert "from programs of 7 different shapes" in refused["assumptions"]["seconds"]
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
