@@ -32,7 +32,7 @@ def test_whatever_ends_it_no_weights_are_left(
             sent = time.monotonic()
             child.send_signal(ended_by)
             _, complaints = child.communicate(timeout=30)
-            assert time.monotonic() - sent < 1.0
+            assert time.monotonic() - sent < 3.0
             assert child.returncode == code, complaints
             assert complaints.count(b"\n") <= 4  # what it did before, and that it was interrupted
         finally:
