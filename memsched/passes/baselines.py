@@ -69,7 +69,9 @@ def baselines(
 
 def _baselines(needs: Needs, effort: Effort) -> dict[str, tuple[float, Plan | None]]:
     """Seconds and plans of ways to run grouped weights."""
-    best = fastest(needs, repeat=True, effort=effort.share(0.0))
+    # Nobody has to judge between it and the plain way, which follows anyway.
+    unjudged = dataclasses.replace(needs, judge=None)
+    best = fastest(unjudged, repeat=True, effort=effort.share(0.0))
     if len(best.layout.device.pinned) == len(needs.weights):
         return {"resident": (needs.seconds(best.plan), best.plan)}
     device_bytes = needs.device_capacity_bytes - best.values.device_bytes
