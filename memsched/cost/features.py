@@ -85,6 +85,14 @@ def copy_features(action: Copy, program: Program, machine: Machine) -> CopyFeatu
     return CopyFeatures(f"{action.source}->{action.target}", nbytes, -(-nbytes // block_bytes))
 
 
+def commonest_dtype(specs: Iterable[ArraySpec]) -> str:
+    """The dtype with the most bytes of some arrays, of which there is at least one."""
+    nbytes: dict[str, int] = {}
+    for spec in specs:
+        nbytes[spec.dtype] = nbytes.get(spec.dtype, 0) + spec.nbytes
+    return min(nbytes, key=lambda name: (-nbytes[name], name))
+
+
 def row_class(rows: int) -> int:
     """0 for 1 row, 1 for 2 to 8, and so on, up to the number of `ROW_CLASSES`."""
     return sum(rows > most for most in ROW_CLASSES)
@@ -96,8 +104,7 @@ def _is_float(spec: ArraySpec) -> bool:
 
 def _dtype(specs: Iterable[ArraySpec]) -> str | None:
     """The dtype of the floats, or codes, with the most bytes; None where there are none."""
-    nbytes: dict[str, int] = {}
-    for spec in specs:
-        if _is_float(spec) or (spec.kind == "weight" and spec.dtype == CODES):
-            nbytes[spec.dtype] = nbytes.get(spec.dtype, 0) + spec.nbytes
-    return min(nbytes, key=lambda name: (-nbytes[name], name), default=None)
+    found = [
+        spec for spec in specs if _is_float(spec) or (spec.kind == "weight" and spec.dtype == CODES)
+    ]
+    return commonest_dtype(found) if found else None

@@ -10,7 +10,7 @@ from memsched.passes.budgets import fastest, host_room
 from memsched.passes.caching import CACHES, MOST_WEIGHTS, caching_plan
 from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
-from memsched.passes.judge import Judge, is_needed
+from memsched.passes.judge import judge_by
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.recipes import read_room
@@ -54,9 +54,7 @@ def baselines(
     """
     grouped = group_weights({"": program}, machine)
     coarse_cost = Remembered(grouped.cost(cost or Roofline()))
-    judge = None
-    if predicted_by is not None and is_needed(predicted_by, machine):
-        judge = Judge(grouped, program, machine, predicted_by)
+    judge = judge_by(predicted_by, grouped, program, machine)
     needs = read_needs(grouped.programs[""], machine, coarse_cost, judge)
     found = _baselines(needs, effort_of(plan_seconds))
     return {

@@ -29,21 +29,22 @@ def better_cached(needs: Needs, found: Found, *, repeat: bool) -> Plan:
     for name in names:
         if least_seconds(needs, found, POLICIES[name], repeat=repeat) >= best_s:
             continue
-        plan = _faster(needs, found, POLICIES[name], best_s, repeat=repeat)
-        if plan is not None:
-            best, best_s = plan, needs.seconds(plan)
+        better = _faster(needs, found, POLICIES[name], best_s, repeat=repeat)
+        best, best_s = better or (best, best_s)
     return best
 
 
 def _faster(
     needs: Needs, found: Found, maker: PolicyMaker, than_s: float, *, repeat: bool
-) -> Plan | None:
-    """The plan of a cache if it takes less; offsets of many weights only if it would."""
+) -> tuple[Plan, float] | None:
+    """The plan of a cache and its seconds, if it takes less; offsets of many weights only then."""
+    made: tuple[Plan, float] | None = None
     for packed in (False, True) if len(needs.weights) > MOST_WEIGHTS else (True,):
         plan = caching_plan(needs, found, maker, repeat=repeat, packed=packed)
-        if plan is None or needs.seconds(plan) >= than_s:
+        if plan is None or (seconds := needs.seconds(plan)) >= than_s:
             return None
-    return plan
+        made = plan, seconds
+    return made
 
 
 def least_seconds(needs: Needs, found: Found, maker: PolicyMaker, *, repeat: bool) -> float:

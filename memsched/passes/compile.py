@@ -12,7 +12,7 @@ from memsched.passes.budgets import fastest
 from memsched.passes.caching import better_cached
 from memsched.passes.effort import Effort, effort_of
 from memsched.passes.grouping import group_weights
-from memsched.passes.judge import Judge, is_needed
+from memsched.passes.judge import judge_by
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.phases import plan_phases
 from memsched.passes.remat import rematerialised
@@ -96,9 +96,9 @@ def compile_phases(
         key: read_needs(program, machine, Remembered(cost))
         for key, program in grouped.programs.items()
     }
-    if predicted_by is not None and needs and is_needed(predicted_by, machine):
+    if programs:
         last = list(programs)[-1]
-        judge = Judge(grouped, programs[last], machine, predicted_by)
+        judge = judge_by(predicted_by, grouped, programs[last], machine)
         needs[last] = dataclasses.replace(needs[last], judge=judge)
     plans = plan_phases(needs, effort)
     return {key: grouped.expanded(plan, programs[key]) for key, plan in plans.items()}

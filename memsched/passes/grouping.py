@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from memsched.cost import CostModel
+from memsched.cost.features import commonest_dtype
 from memsched.machine import NVME, Machine, rounded
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import ArraySpec, Program
@@ -154,7 +155,8 @@ def _coarse(program: Program, members: Members, shares: Mapping[str, tuple[int, 
             arrays[name] = spec
         elif group not in arrays:
             nbytes = sum(shares[member][1] for member in members[group])
-            dtype = _commonest(program.arrays[member] for member in members[group])
+            # It tells a cost model what is computed with the group.
+            dtype = commonest_dtype(program.arrays[member] for member in members[group])
             count = nbytes // np.dtype(dtype).itemsize
             arrays[group] = ArraySpec(group, (count,), dtype, "weight")
     steps = tuple(
@@ -164,14 +166,6 @@ def _coarse(program: Program, members: Members, shares: Mapping[str, tuple[int, 
         for step in program.steps
     )
     return Program(arrays, steps, program.outputs)
-
-
-def _commonest(specs: Iterable[ArraySpec]) -> str:
-    """The dtype with the most bytes: what it is tells a cost model what is computed with it."""
-    nbytes: dict[str, int] = {}
-    for spec in specs:
-        nbytes[spec.dtype] = nbytes.get(spec.dtype, 0) + spec.nbytes
-    return min(nbytes, key=lambda name: (-nbytes[name], name))
 
 
 class _GroupedCost:

@@ -36,6 +36,10 @@ class Judge:
         return sum(task.seconds for task in reader.tasks(whole.actions))
 
 
-def is_needed(cost: CostModel, machine: Machine) -> bool:
-    """Whether planning sees other seconds than this cost model predicts."""
-    return machine.device_is_host or isinstance(cost, Contending)
+def judge_by(
+    predicted_by: CostModel | None, grouped: Grouped, program: Program, machine: Machine
+) -> Judge | None:
+    """Who judges plans by this cost model; None where planning sees the same seconds."""
+    if predicted_by is None or not (machine.device_is_host or isinstance(predicted_by, Contending)):
+        return None
+    return Judge(grouped, program, machine, predicted_by)

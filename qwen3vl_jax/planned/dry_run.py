@@ -31,7 +31,7 @@ from qwen3vl_jax.planned.batches import Batches, batches_text, batches_view
 from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
 from qwen3vl_jax.planned.choosing import Chosen, candidates
 from qwen3vl_jax.planned.forecast import Forecast, explained, forecast
-from qwen3vl_jax.planned.forecast_data import forecast_dict, refusal_dict
+from qwen3vl_jax.planned.forecast_data import assumptions, forecast_dict, refusal_dict
 from qwen3vl_jax.planned.forecast_text import forecast_view
 from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
 from qwen3vl_jax.planned.reporting import PlanReport
@@ -84,11 +84,10 @@ def dry_run(
         else:
             return DryRun(forecast_dict(found) | _codecs_dict(choice, budgets.level), found)
     assert refused is not None
-    compiled = compiler is not None
     smallest = refused.smallest if isinstance(refused, DoesNotFitError) else {}
     how = asked.dtype.name, asked.cost
-    data = refusal_dict(smallest, config, machine, request, *how, compiled=compiled)
-    return DryRun(data, None, refused)
+    said = assumptions(config, machine, request, *how, compiled=compiler is not None)
+    return DryRun(refusal_dict(smallest, said), None, refused)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -85,17 +85,11 @@ def workspace_source(machine: Machine, *, compiled: bool) -> str:
     return f"XLA's own, of every step compiled for CUDA compute capability {capability}"
 
 
-def refusal_dict(
-    smallest: Mapping[str, int],
-    config: Config,
-    machine: Machine,
-    request: Request,
-    dtype: str,
-    cost: CostModel,
-    *,
-    compiled: bool,
-) -> dict[str, Any]:
-    """What `forecast_dict` would say, of a refused request. `smallest` can be empty."""
+def refusal_dict(smallest: Mapping[str, int], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What `forecast_dict` would say, of a refused request with these `assumptions`.
+
+    `smallest` can be empty.
+    """
     return {
         "fits": False,
         "smallest_workable": dict(smallest),
@@ -105,7 +99,7 @@ def refusal_dict(
         "dual_prices": None,
         "baselines": {},
         "arrays": [],
-        "assumptions": assumptions(config, machine, request, dtype, cost, compiled=compiled),
+        "assumptions": dict(said),
         "plan_seconds": None,
         "workspaces": [],
     }

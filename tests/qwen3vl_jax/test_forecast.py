@@ -29,7 +29,7 @@ from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.network import abstract_network
 from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
 from qwen3vl_jax.planned.forecast import Forecast, forecast
-from qwen3vl_jax.planned.forecast_data import forecast_dict, refusal_dict
+from qwen3vl_jax.planned.forecast_data import assumptions, forecast_dict, refusal_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.skeleton import shape_network
@@ -202,7 +202,8 @@ def test_text_data_and_page_say_what_the_times_rest_on(calibrated: bool, says: s
 def test_a_refusal_says_what_times_would_have_rested_on() -> None:
     machine = profile("laptop-cpu")
     cost, asked = LearnedCost(coefficients(machine)), Request(20, 7)
-    refused = refusal_dict({}, config("dense"), machine, asked, "float32", cost, compiled=False)
+    said = assumptions(config("dense"), machine, asked, "float32", cost, compiled=False)
+    refused = refusal_dict({}, said)
     assert "from programs of 7 different shapes" in refused["assumptions"]["seconds"]
 
 
