@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 # Of the time, what is spent on tracing, compiling and a first round.
 PREPARING = 0.6
+# And on requests to the disk of several sizes.
+REQUESTS = 0.03
 MINUTES = 2
 PASSES = 4
 LONGEST_TRIAL_S = 1.5
+LONGEST_SPILL_S = 0.3
 MEASURE_S = 1.0
 
 
@@ -70,6 +73,7 @@ def _minutes(text: str) -> float:
 def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     """Measures, fits and writes what the options ask for."""
     from memsched.calibration.scratch import Scratch
+    from memsched.calibration.spills import TESTED_ROWS, leads_out, spill_trials
     from memsched.detection.calibrated import user_profile
     from memsched.detection.this_machine import detect
     from memsched.stores import heap
@@ -83,15 +87,25 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     console.say("measuring processor and disk")
     machine = detect(options.nvme_dir, measure_s=MEASURE_S)
     with Scratch(options.nvme_dir) as scratch:
+        machine, requests = _requests(machine, scratch, seconds)
         trials, tested = _trials(machine, seconds, evaluate=options.evaluate)
+        spills, spills_tested = (
+            list(spill_trials(machine)),
+            list(spill_trials(machine, TESTED_ROWS)),
+        )
+        moves: dict[str, list[Measured]] = {}
+        _once((*spills, *spills_tested), scratch, moves)
         rounds = _rounds(trials, tested, scratch, seconds)
-    observations = _observations([one for one in trials if one.name not in tested], rounds)
+        _once((*spills, *spills_tested), scratch, moves)
+    fitted = [one for one in trials if one.name not in tested]
+    moved = [found for found in _observations(spills, moves) if leads_out(found, machine)]
+    observations = [*requests, *_observations(fitted, rounds), *moved]
     coefficients = _fitted(observations, machine)
     _write(profile, machine, coefficients, observations)
     result = _result(profile, coefficients)
     if options.evaluate:
         some = [one for one in trials if one.name in tested]
-        result |= _evaluation(some, rounds, coefficients)
+        result |= _evaluation(some, rounds, coefficients, held_out, moves)
     if options.json:
         print(json.dumps(result))
     return 0
@@ -151,6 +165,39 @@ def _are_enough(trials: Iterable["Trial"], tested: Collection[str]) -> bool:
     return len(cases) >= FEWEST_CASES and (not tested or not names.isdisjoint(tested))
 
 
+def _requests(
+    machine: "Machine", scratch: Any, seconds: float
+) -> tuple["Machine", list["Observation"]]:
+    """The machine with the size and number of requests that suit its disk, and what shows it."""
+    from memsched.calibration.requests import (
+        best_of,
+        measure_requests,
+        observations_of,
+        requests_text,
+        with_requests,
+    )
+
+    readings = measure_requests(scratch, seconds=REQUESTS * seconds)
+    chosen = best_of(readings)
+    console.say(requests_text(readings, chosen))
+    return with_requests(machine, chosen), list(observations_of(readings, machine, chosen))
+
+
+def _once(
+    trials: Iterable["Trial"],
+    scratch: Any,
+    found: dict[str, list["Measured"]],
+    *,
+    seconds: float = LONGEST_TRIAL_S,
+) -> None:
+    """Measures trials, and adds that to what was found of them."""
+    from memsched.calibration.trials import measure
+
+    for trial in trials:
+        measured = measure(trial, scratch, passes=PASSES, seconds=seconds)
+        found.setdefault(trial.name, []).append(measured)
+
+
 def _rounds(
     trials: list["Trial"], tested: Collection[str], scratch: Any, seconds: float
 ) -> dict[str, list["Measured"]]:
@@ -158,8 +205,6 @@ def _rounds(
 
     Trials that there is no time for in the first round are left out, once there are enough.
     """
-    from memsched.calibration.trials import measure
-
     start = time.perf_counter()
     found: dict[str, list[Measured]] = {}
     begun: list[Trial] = []
@@ -171,8 +216,7 @@ def _rounds(
                 trials.remove(trial)
                 continue
             begun.append(trial)
-            measured = measure(trial, scratch, passes=PASSES, seconds=LONGEST_TRIAL_S)
-            found.setdefault(trial.name, []).append(measured)
+            _once([trial], scratch, found)
             if number > 1 and time.perf_counter() - start > seconds:
                 break
         number += 1
@@ -254,9 +298,14 @@ def _result(profile: Path, coefficients: "Coefficients") -> dict[str, Any]:
 
 
 def _evaluation(
-    trials: list["Trial"], rounds: dict[str, list["Measured"]], coefficients: "Coefficients"
+    trials: list["Trial"],
+    rounds: dict[str, list["Measured"]],
+    coefficients: "Coefficients",
+    spills: list["Trial"],
+    moves: dict[str, list["Measured"]],
 ) -> dict[str, Any]:
     from memsched.calibration.evaluation import (
+        link_score,
         passes_text,
         peaks,
         peaks_text,
@@ -267,6 +316,7 @@ def _evaluation(
 
     cost = LearnedCost(coefficients)
     found, memory = scores(trials, rounds, cost), peaks(trials, rounds)
+    found = (*found, link_score(spills, moves, cost))
     print(scores_text(found))
     print(passes_text(trials, rounds, cost))
     print(peaks_text(memory))

@@ -9,10 +9,11 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from memsched.calibration.spills import leads_out
 from memsched.calibration.trials import Measured, Trial, observations
 from memsched.cost.coefficients import stretched
 from memsched.cost.learned import LearnedCost
-from memsched.cost.observations import CopyObservation, RunObservation
+from memsched.cost.observations import CopyObservation, Observation, RunObservation
 from memsched.cost.simulate import plan_seconds
 from memsched.machine import DEVICE
 from memsched.referee import verify
@@ -95,7 +96,7 @@ def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[
     found: dict[str, list[list[_Sample]]] = {what: [] for what in whats}
     for trial in trials:
         for measured in rounds[trial.name]:
-            steps, transfers = _actions(trial, measured, cost, high)
+            steps, transfers = _samples(trial, observations(trial, measured), cost, high)
             least_s = SMALL * statistics.median(measured.seconds)
             large = [one for one in steps if one.measured_s >= least_s]
             found["steps"].append(large)
@@ -103,6 +104,17 @@ def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[
             found["transfers"].append(transfers)
             found["whole passes"].append([_pass(trial, measured, cost, high)])
     return tuple(_score(what, some) for what, some in found.items() if any(some))
+
+
+def link_score(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> Score:
+    """Values moved out, by trials that do that."""
+    high, found = cost.at(QUANTILE), []
+    for trial in trials:
+        for measured in rounds[trial.name]:
+            some = observations(trial, measured)
+            away = [one for one in some if leads_out(one, trial.machine)]
+            found.append(_samples(trial, away, cost, high)[1])
+    return _score("moved out", found)
 
 
 def peaks(trials: Sequence[Trial], rounds: Rounds) -> tuple[Peak, ...]:
@@ -121,13 +133,13 @@ def peaks(trials: Sequence[Trial], rounds: Rounds) -> tuple[Peak, ...]:
     )
 
 
-def _actions(
-    trial: Trial, measured: Measured, cost: LearnedCost, high: LearnedCost
+def _samples(
+    trial: Trial, found: Iterable[Observation], cost: LearnedCost, high: LearnedCost
 ) -> tuple[list[_Sample], list[_Sample]]:
     """Steps and rows of transfers of one round, those with equal features together."""
     steps: dict[tuple[object, ...], list[_Single]] = {}
     copies: dict[tuple[object, ...], list[_Single]] = {}
-    for one in observations(trial, measured):
+    for one in found:
         if isinstance(one, RunObservation):
             steps.setdefault((trial.name, one.features), []).extend(_steps(one, cost, high))
         else:

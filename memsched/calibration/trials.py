@@ -111,7 +111,10 @@ def measure(trial: Trial, scratch: Scratch, *, passes: int, seconds: float = 10.
         StoreError: the disk has no room for its weights.
     """
     program, arrays = trial.program, _weights(trial.program)
-    with Executor(trial.machine, scratch.sources(arrays)) as executor:
+    sources = scratch.sources(arrays)
+    with Executor(
+        trial.machine, sources, nvme_dir=scratch.directory, nvme_space_bytes=None
+    ) as executor:
         executor.prepare(trial.plan, program, trial.kernels)
         before = start_peak()
         _bring(executor, trial, arrays)

@@ -36,7 +36,7 @@ BLOCK_BYTES = 4 << 20
 # Enough to keep a disk busy. Blocks that are read together end together: with 32 of them what the
 # next step waits for comes as late as what is read ahead, and nothing is left to read while the
 # step runs. Decoding the 2B model at 2 GB takes 0.80 s a token with 4 or 6, 0.89 with 8 and 32.
-READS_AT_ONCE = 6
+READS_AT_ONCE, WRITES_AT_ONCE = 6, 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +96,13 @@ class Tiers:
                 most_bytes = machine.tier(NVME).capacity_bytes
                 if nvme_space_bytes is not None:
                     most_bytes = nvme_space_bytes
-                self._spill = Spill(nvme_dir, nvme_space_bytes or 0, limit_bytes=most_bytes)
+                self._spill = Spill(
+                    nvme_dir,
+                    nvme_space_bytes or 0,
+                    limit_bytes=most_bytes,
+                    queue_depth=min(depth, WRITES_AT_ONCE),
+                    block_bytes=block_bytes,
+                )
         except BaseException:
             self.close()
             raise
