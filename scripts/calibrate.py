@@ -89,14 +89,12 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     with Scratch(options.nvme_dir) as scratch:
         machine, requests = _requests(machine, scratch, seconds)
         trials, tested = _trials(machine, seconds, evaluate=options.evaluate)
-        spills, spills_tested = (
-            list(spill_trials(machine)),
-            list(spill_trials(machine, TESTED_ROWS)),
-        )
+        spills = list(spill_trials(machine))
+        held_out = list(spill_trials(machine, TESTED_ROWS)) if options.evaluate else []
         moves: dict[str, list[Measured]] = {}
-        _once((*spills, *spills_tested), scratch, moves)
+        _once((*spills, *held_out), scratch, moves, seconds=LONGEST_SPILL_S)
         rounds = _rounds(trials, tested, scratch, seconds)
-        _once((*spills, *spills_tested), scratch, moves)
+        _once((*spills, *held_out), scratch, moves, seconds=LONGEST_SPILL_S)
     fitted = [one for one in trials if one.name not in tested]
     moved = [found for found in _observations(spills, moves) if leads_out(found, machine)]
     observations = [*requests, *_observations(fitted, rounds), *moved]
