@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from memsched.cost import CostModel
+from memsched.cost.learned import describe
 from memsched.report import Line, Summary
 from memsched.report.chapter import Chapter, Cover
 from memsched.report.timeline import usual_spans
@@ -66,7 +67,8 @@ def run_chapters(
 ) -> list[Chapter]:
     """One for each plan of a model; those that ran have what was measured beside it."""
     chapters = []
-    for name, planned in runner.plans.items():
+    for name, summary in summaries.items():
+        planned = runner.plans[name]
         plan, program = planned.plan, planned.traced.program
         chapters.append(
             Chapter(
@@ -74,7 +76,7 @@ def run_chapters(
                 plan=plan,
                 program=program,
                 machine=runner.machine,
-                summary=summaries[name],
+                summary=summary,
                 predicted=usual_spans(plan, program, runner.machine, cost),
                 measured=runner.spans[name] if name in lines else (),
                 lines=lines.get(name, ()),
@@ -83,7 +85,10 @@ def run_chapters(
     return chapters
 
 
-def run_cover(runner: PlannedRunner) -> Cover:
+def run_cover(runner: PlannedRunner, cost: CostModel) -> Cover:
     """What is said of a model."""
-    title = f"{runner.config.model_type}, {runner.dtype.name}, on {runner.machine.name}"
-    return Cover(title=title, lines=("after a run; measured are the newest passes",))
+    return Cover(
+        title=f"{runner.config.model_type}, {runner.dtype.name}, on {runner.machine.name}",
+        lines=("after a run; measured are the newest passes",),
+        assumptions={"seconds": describe(cost)},
+    )

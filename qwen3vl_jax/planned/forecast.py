@@ -157,7 +157,7 @@ def _passes(
     for work in works:
         one, plan = traced[work.name], plans[work.name]
         verify(plan, one.program, machine)
-        others = _others(one, machine, cost, plan_seconds) if work is works[-1] else {}
+        others = other_ways(one, machine, cost, plan_seconds) if work is works[-1] else {}
         summary = with_codecs(summarize(plan, one.program, machine, cost, others), encodings)
         before = found[-1].plan.exit if found else ()
         moving_s = _moving_s(before, one, plan, machine, cost)
@@ -195,7 +195,7 @@ def _with_reasons(summary: Summary, reasons: Mapping[str, str]) -> Summary:
     return dataclasses.replace(summary, arrays=uses)
 
 
-def _others(
+def other_ways(
     traced: Traced, machine: Machine, cost: CostModel, plan_seconds: float | None
 ) -> dict[str, float | None]:
     """Seconds of plainer ways; None where all would have to stay, and cannot."""

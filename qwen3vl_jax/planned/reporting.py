@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memsched.cost import CostModel, Span
+from memsched.cost.learned import describe
 from memsched.plan import Run
 from memsched.report import Line, Summary, busy_seconds, comparison_text, summarize
 from memsched.report import to_dict as summaries_to_dict
@@ -16,7 +17,7 @@ from qwen3vl_jax.planned.chapters import (
     run_chapters,
     run_cover,
 )
-from qwen3vl_jax.planned.forecast import Forecast, forecast, with_codecs
+from qwen3vl_jax.planned.forecast import Forecast, forecast, other_ways, with_codecs
 from qwen3vl_jax.planned.forecast_data import forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
@@ -24,6 +25,9 @@ from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.tally import Tally
 from qwen3vl_jax.planned.turns import Planned
 from qwen3vl_jax.prompt_cache import PromptCache
+
+# The phase that is carried out most.
+ANSWER = "decode"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class PlanReport:
         summaries = self._summaries()
         if not summaries:
             return forecast_text(self._forecast())
-        blocks = [summaries_to_text(summaries)]
+        blocks = [f"times: {describe(self.cost)}\n", summaries_to_text(summaries)]
         for name, lines in self._measured(summaries).items():
             blocks.append(f"{name}, the newest pass\n" + comparison_text(lines))
         blocks.append("so far\n" + comparison_text(self._totals(summaries)))
@@ -65,6 +69,7 @@ class PlanReport:
         return (
             summaries_to_dict(summaries)
             | kept
+            | {"assumptions": {"seconds": describe(self.cost)}}
             | {
                 "measured": {
                     name: [dataclasses.asdict(line) for line in lines]
@@ -81,7 +86,7 @@ class PlanReport:
         if not summaries:
             found = self._forecast()
             return page(forecast_chapters(found), forecast_cover(found))
-        cover = run_cover(self.runner)
+        cover = run_cover(self.runner, self.cost)
         if self.prompt_cache is not None:
             said = self.prompt_cache.text().splitlines()
             cover = dataclasses.replace(cover, lines=(*cover.lines, *said))
@@ -112,12 +117,15 @@ class PlanReport:
         )
 
     def _summaries(self) -> dict[str, Summary]:
-        machine, encodings = self.runner.machine, self.runner.encodings
-        found = {
-            name: summarize(planned.plan, planned.traced.program, machine, self.cost)
-            for name, planned in self.runner.plans.items()
-        }
-        return {name: with_codecs(summary, encodings) for name, summary in found.items()}
+        """Of every plan; that of the answer comes last, with what plainer ways would take."""
+        runner, found = self.runner, {}
+        for name, planned in sorted(runner.plans.items(), key=lambda item: item[0] == ANSWER):
+            traced = planned.traced
+            others: Mapping[str, float | None] = {}
+            if name == ANSWER:
+                others = other_ways(traced, runner.machine, self.cost, runner.plan_seconds)
+            found[name] = summarize(planned.plan, traced.program, runner.machine, self.cost, others)
+        return {name: with_codecs(summary, runner.encodings) for name, summary in found.items()}
 
     def _measured(self, summaries: Mapping[str, Summary]) -> dict[str, tuple[Line, ...]]:
         plans = self.runner.plans

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,24 @@ def test_the_report_of_a_run_says_what_nine_of_ten_times_are_enough_once_calibra
     # The margins of these coefficients are e^0.1 to e^0.5 of a step, 1.3 of a transfer.
     for phase in phases.values():
         assert 1.1 * phase["seconds"] <= phase["seconds_p90"] <= 1.65 * phase["seconds"]
+
+
+def test_a_report_after_a_run_says_what_its_times_rest_on_and_what_plainer_ways_take(
+    located: Callable[[str, str], Path], machines: dict[int, Path]
+) -> None:
+    path = located("dense", "store")
+    with contextlib.closing(
+        helper.planned(path, machine=machines[2], device_memory=1_100_000)
+    ) as model:
+        helper.answers(model, tiny.inputs("text"), tokens=3)
+        after, text, page = model.plan.to_dict(), model.plan.report(), model.plan.html()
+    basis = "the profile's rates; nothing was measured"
+    assert after["assumptions"]["seconds"].startswith(basis)
+    assert f"times: {basis}" in text.replace("\n", " ")
+    assert html.escape(basis) in page
+    assert {"resident", "tail spill", "lru", "clock", "adaptive"} <= after["baselines"].keys()
+    seconds = after["phases"]["decode"]["seconds"]
+    plain = [one for one in after["baselines"].values() if one is not None]
+    assert len(plain) > 3
+    assert seconds <= min(plain) * (1 + 1e-9)
+    assert "decode" in after["measured"], "it was a report of no run"
