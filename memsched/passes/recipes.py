@@ -10,7 +10,7 @@ from memsched.passes.place import Candidates, Spread, candidates, pinned
 
 # A ring is tried in these multiples of the largest weight that passes through it.
 MULTIPLES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
-HOST_MULTIPLES = (2.0, 4.0, 8.0)
+HOST_MULTIPLES = (2.0, 3.0, 4.0, 8.0)
 MOST_SIZES = 6
 # Or in these multiples of what a step streams on average, and room for one weight more.
 LOADS = (1.1, 1.25, 1.5, 2.0, 3.0, 1.0)
