@@ -5,7 +5,7 @@ may lead over the end of the round into the next one.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,19 +23,50 @@ def cyclic_offsets(stays: Sequence[CyclicStay]) -> tuple[int, ...]:
     placed: list[int] = []
     for index in sorted(range(len(stays)), key=lambda i: (-stays[i].nbytes, stays[i].comes, i)):
         stay = stays[index]
-        taken = sorted(
+        taken = [
             (offsets[other], offsets[other] + stays[other].nbytes)
             for other in placed
             if _meet(stay, stays[other])
-        )
-        at = 0
-        for first, end in taken:
-            if first - at >= stay.nbytes:
-                break
-            at = max(at, end)
-        offsets[index] = at
+        ]
+        offsets[index] = _lowest(stay.nbytes, taken)
         placed.append(index)
     return tuple(offsets)
+
+
+def fitting_offsets(stays: Sequence[CyclicStay], capacity_bytes: int) -> tuple[int, ...] | None:
+    """Offsets of a few stays within a capacity, or None if there are none.
+
+    First fit in some order finds them: that of their offsets in a packing that fits moves each of
+    them down, if at all. So all orders are tried, up to where one of those left has no room.
+    """
+    count = len(stays)
+    meets = [[_meet(one, other) for other in stays] for one in stays]
+    tries: list[tuple[tuple[int, int], ...]] = [()]
+    seen: set[frozenset[tuple[int, int]]] = set()
+    while tries:
+        placed = tries.pop()
+        if len(placed) == count:
+            return tuple(offset for _, offset in sorted(placed))
+        left = set(range(count)).difference(index for index, _ in placed)
+        more = []
+        for index in sorted(left, key=lambda i: stays[i].nbytes):
+            taken = [(at, at + stays[i].nbytes) for i, at in placed if meets[index][i]]
+            more.append((*placed, (index, _lowest(stays[index].nbytes, taken))))
+        if any(at + stays[index].nbytes > capacity_bytes for *_, (index, at) in more):
+            continue
+        tries += [one for one in more if frozenset(one) not in seen]
+        seen.update(map(frozenset, more))
+    return None
+
+
+def _lowest(nbytes: int, taken: Iterable[tuple[int, int]]) -> int:
+    """The lowest place for some bytes between ranges that are taken."""
+    at = 0
+    for first, end in sorted(taken):
+        if first - at >= nbytes:
+            break
+        at = max(at, end)
+    return at
 
 
 def _meet(one: CyclicStay, other: CyclicStay) -> bool:

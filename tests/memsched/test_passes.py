@@ -23,7 +23,7 @@ from memsched.passes.lower.values import value_actions, value_budgets
 from memsched.passes.lower.visits import Visit, visits
 from memsched.passes.needs import Needs, read_needs
 from memsched.passes.place import candidates, pinned
-from memsched.passes.slots import CyclicStay, cyclic_offsets
+from memsched.passes.slots import CyclicStay, cyclic_offsets, fitting_offsets
 from memsched.passes.stack import Stack
 from memsched.plan import Copy, Free, Plan, Residence, Run
 from memsched.program import Program, Step
@@ -284,19 +284,48 @@ def test_lru_clock_and_adaptive_keep_what_they_should() -> None:
 MOMENTS = st.integers(0, 20)
 
 
+def moments(stay: CyclicStay) -> set[int]:
+    if stay.comes < stay.goes:
+        return set(range(stay.comes, stay.goes))
+    return set(range(stay.comes, 21)) | set(range(stay.goes))
+
+
+def are_apart(stays: Sequence[CyclicStay], offsets: Sequence[int]) -> bool:
+    placed = zip(stays, offsets, strict=True)
+    return all(
+        at + one.nbytes <= there or there + other.nbytes <= at or not moments(one) & moments(other)
+        for (one, at), (other, there) in itertools.combinations(placed, 2)
+    )
+
+
 @hypothesis.given(st.lists(st.tuples(st.integers(1, 9), MOMENTS, MOMENTS), max_size=8))
 def test_stays_at_one_moment_share_no_bytes(raw: list[tuple[int, int, int]]) -> None:
     stays = [CyclicStay(nbytes, comes, goes) for nbytes, comes, goes in raw if comes != goes]
-    offsets = cyclic_offsets(stays)
+    assert are_apart(stays, cyclic_offsets(stays))
 
-    def moments(stay: CyclicStay) -> set[int]:
-        if stay.comes < stay.goes:
-            return set(range(stay.comes, stay.goes))
-        return set(range(stay.comes, 21)) | set(range(stay.goes))
 
-    for (one, at), (other, there) in itertools.combinations(zip(stays, offsets, strict=True), 2):
-        apart = at + one.nbytes <= there or there + other.nbytes <= at
-        assert apart or not moments(one) & moments(other)
+def test_a_few_stays_get_offsets_wherever_there_are_any() -> None:
+    some = missed = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        drawn = [(rng.randint(1, 4), *rng.sample(range(21), 2)) for _ in range(5)]
+        stays = [CyclicStay(*one) for one in drawn]
+        live = max(sum(s.nbytes for s in stays if now in moments(s)) for now in range(21))
+        places = [range(live - stay.nbytes + 1) for stay in stays]
+        offsets = fitting_offsets(stays, live)
+        if offsets is None:
+            assert not any(are_apart(stays, one) for one in itertools.product(*places))
+            continue
+        assert are_apart(stays, offsets)
+        ends = [at + stay.nbytes for at, stay in zip(offsets, stays, strict=True)]
+        assert min(offsets) >= 0
+        assert max(ends) <= live
+        some += 1
+        plain = zip(cyclic_offsets(stays), stays, strict=True)
+        missed += any(at + stay.nbytes > live for at, stay in plain)
+    # First fit alone misses five.
+    assert 200 < some < 300
+    assert missed > 0
 
 
 # Everything but weights
