@@ -13,6 +13,7 @@ from memsched.passes.lower.values import (
     value_budgets,
 )
 from memsched.passes.needs import Needs
+from memsched.passes.orders import reordered
 from memsched.passes.recipes import read_room
 from memsched.passes.refine import MOST_WEIGHTS, refined
 from memsched.passes.search import (
@@ -57,6 +58,7 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
         if found is not None:
             return found
     best: Found | None = None
+    rooms = []
     for budget in _divisions(needs, budgets):
         try:
             values = _values(needs, budgets, budget)
@@ -73,9 +75,12 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
             found = refined(needs, found, weights_bytes, repeat=repeat)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
+        rooms.append((values, weights_room))
     if best is None:
         raise _refusal(needs, smallest_bytes(needs, budgets))
     best = _improved(needs, best, repeat=repeat, effort=effort)
+    for values, weights_room in rooms:
+        best = reordered(needs, best, values, weights_room, effort.orders)
     return best if needs.judge is None else _or_plain(needs, best, repeat=repeat, effort=effort)
 
 

@@ -13,6 +13,8 @@ ACTIONS_PER_S = 50_000
 # three profiles.
 TAIL_ACTIONS, SEARCH_ACTIONS, TUNE_ACTIONS = 15_000, 30_000, 40_000
 STARTS = 2
+# All that programs of few weights have (`orders`): less than half a second.
+ORDERS = 14_000
 # A plan that others only take hints from is worth this part of it.
 HINT = 1 / 40
 
@@ -22,19 +24,22 @@ class Effort:
     """Trying stops when so many actions have been simulated, one plan at least in each part.
 
     `tail`: spilling the tail, with all sizes of rings. `search`: all other layouts. `tune`: rings
-    like those of the best one. `starts` is how many layouts integer programming proposes.
+    like those of the best one. `starts` is how many layouts integer programming proposes, `orders`
+    how many orders of fetching are tried where there are few weights.
     """
 
     tail: int = TAIL_ACTIONS
     search: int = SEARCH_ACTIONS
     tune: int = TUNE_ACTIONS
     starts: int = STARTS
+    orders: int = ORDERS
 
     def share(self, part: float) -> "Effort":
         """A part of it; integer programming, which cannot be stopped half way, is left out."""
         if part == 1.0:
             return self
-        return Effort(int(part * self.tail), int(part * self.search), int(part * self.tune), 0)
+        tail, search, tune = (int(part * one) for one in (self.tail, self.search, self.tune))
+        return Effort(tail, search, tune, 0, int(part * self.orders))
 
 
 def effort_of(plan_seconds: float | None) -> Effort:

@@ -16,6 +16,7 @@ from memsched.passes.caching import better_cached
 from memsched.passes.effort import Effort
 from memsched.passes.lower.values import largest_value_bytes, value_actions, value_budgets
 from memsched.passes.needs import Needs, read_needs
+from memsched.passes.orders import reordered
 from memsched.passes.recipes import Room, read_room
 from memsched.passes.refine import refined
 from memsched.passes.remat import rematerialised
@@ -30,7 +31,7 @@ from memsched.referee import verify
 
 COST = Roofline()
 EVERYTHING = 1 << 20
-LITTLE, TWO_STARTS = Effort(0, 0, 0, 0), Effort(0, 0, 0, 2)
+LITTLE, TWO_STARTS = Effort(0, 0, 0, 0, 0), Effort(0, 0, 0, 2, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,11 @@ def refined_from(case: Case) -> tuple[Plan, Plan]:
     return case.found.plan, found.plan
 
 
+def reordered_from(case: Case) -> tuple[Plan, Plan]:
+    found = reordered(case.needs, case.found, case.found.values, case.room, most_orders=2000)
+    return case.found.plan, found.plan
+
+
 def tuned_from(case: Case) -> tuple[Plan, Plan]:
     found = tuned(
         case.needs,
@@ -101,6 +107,7 @@ Change = Callable[[Case], tuple[Plan, Plan]]
 PASSES: dict[str, tuple[Change, tuple[str, ...], int]] = {
     "search": (searched, ("steps", "layers"), 4),
     "refine": (refined_from, ("steps", "training"), 10),
+    "orders": (reordered_from, ("steps",), 12),
     "tune": (tuned_from, ("steps", "layers"), 8),
     "cache": (cached, ("steps", "layers"), 8),
     "remat": (computed_again, ("steps", "training"), 6),

@@ -233,12 +233,12 @@ def _fold(needs: Needs, layout: Layout, streams: list[_Stream], clock: Clock) ->
             if clock.repeat and stream.times.comes[index] < 0 <= stream.times.goes[index]:
                 entry.append(Residence(name, stream.target, offset=stream.offsets[index]))
     if clock.repeat:
-        entry += _resting(needs, layout)
+        entry += resting(needs, layout)
     moves = tuple(tuple(map(_MOVE, sorted(events, key=_ORDER))) for events in before)
     return Moves(tuple(entry), moves, tuple(entry))
 
 
-def _resting(needs: Needs, layout: Layout) -> Iterator[Residence]:
+def resting(needs: Needs, layout: Layout) -> Iterator[Residence]:
     """The pinned weights of this program."""
     arena = needs.machine.device_is_host
     device, host = layout.device.pinned, {} if layout.host is None else layout.host.pinned
