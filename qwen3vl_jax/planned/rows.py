@@ -13,6 +13,7 @@ from qwen3vl_jax.checkpoints.opening import Checkpoint
 from qwen3vl_jax.weights import Entry
 
 READ_BYTES = 4 << 20  # a store reads its chunks whole, and they have at most so many
+FEW_ROWS = 16  # are read one by one, in 0.7 ms each: no plan has room for a stretch of the table
 Resident = Callable[[str], Array | None]
 Blocks = tuple[tuple[int, int], ...]
 
@@ -37,6 +38,7 @@ class EmbeddingRows:
         """
         wanted, places = np.unique(np.asarray(token_ids), return_inverse=True)
         found = np.empty((len(wanted), self._table.shape[1]), self._dtype)
+        span = 1 if len(wanted) <= FEW_ROWS else max(1, READ_BYTES // found[:1].nbytes)
         for index, (low, high) in enumerate(self._blocks):
             first, stop = np.searchsorted(wanted, (low, high))
             if first == stop:
@@ -45,12 +47,13 @@ class EmbeddingRows:
             if block is not None:
                 found[first:stop] = np.asarray(block)[wanted[first:stop] - low]
             else:
-                self._read(wanted[first:stop], found[first:stop])
+                self._read(wanted[first:stop], found[first:stop], span)
         return found[places.reshape(np.shape(token_ids))]
 
-    def _read(self, wanted: Int[np.ndarray, " rows"], found: Float[np.ndarray, "rows H"]) -> None:
+    def _read(
+        self, wanted: Int[np.ndarray, " rows"], found: Float[np.ndarray, "rows H"], span: int
+    ) -> None:
         width = self._table.shape[1]
-        span = max(1, READ_BYTES // (width * self._dtype.itemsize))
         for first, stop in _groups(wanted, span):
             low, high = int(wanted[first]), int(wanted[stop - 1]) + 1
             block = Entry(

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -150,6 +152,47 @@ def test_rows_are_read_alone(tmp_path: Path) -> None:
     assert bits(found) == bits(values[1200:1800])
     with pytest.raises(WeightError, match="'a' is damaged"):
         read_rows(tmp_path, "a", stored, 999, 1001)
+
+
+def test_a_row_is_read_alone_but_all_of_its_chunk_is_checked(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((3000, 1024)).astype(np.float32)
+    stored = write_array(tmp_path, "a", values)
+    for row in (0, 63, 64, 999, 1000, 2999):
+        assert bits(read_rows(tmp_path, "a", stored, row, row + 1)) == bits(values[row : row + 1])
+    path = tmp_path / "a" / "c.1.0"
+    whole = path.read_bytes()
+    for place in (0, len(whole) - 5, len(whole) - 1):  # first and last value, and the checksum
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(WeightError, match=r"'a' is damaged: .*c\.1\.0"):
+            read_rows(tmp_path, "a", stored, 1500, 1501)
+
+
+ROW_PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from memsched.calibration.resident import peak_since, start_peak
+from qwen3vl_jax.checkpoints.zarr_array import read_rows, write_array
+folder = Path(sys.argv[1])
+stored = write_array(folder, "a", np.ones((1024, 1024), np.float32))
+read_rows(folder, "a", stored, 5, 6)
+before = start_peak()
+read_rows(folder, "a", stored, 700, 701)
+print(peak_since(before))
+"""
+
+
+def test_a_row_takes_little_memory_though_its_chunk_is_large(tmp_path: Path) -> None:
+    """A token looks its row up before anybody looks whether there is memory for 8 MB more."""
+    # Freed blocks go back to the system at once: none is left to hide in.
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+    command = [sys.executable, "-c", ROW_PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "c.0.0").stat().st_size == CHUNK_BYTES + 4
+    if done.stdout.strip() == "None":
+        pytest.skip("the kernel keeps no mark of the most that was resident")
+    assert int(done.stdout) < CHUNK_BYTES // 4
 
 
 def test_another_reader_of_zarr_sees_the_same_values(store: Path) -> None:
