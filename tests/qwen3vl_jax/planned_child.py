@@ -26,7 +26,6 @@ from qwen3vl_jax import Qwen3VL
 
 PROMPT = {"input_ids": np.array([[5, 6, 7, 8]])}
 SETTLING = 20  # tokens until the reading is the same for each
-SAMPLED = 10
 
 
 def resident_bytes() -> int:
@@ -63,8 +62,7 @@ def answer(asked: dict[str, Any], tokens: int) -> dict[str, Any]:
         scores, cache = model.decode(np.array(told[-1:], np.int32), cache)
         if index == SETTLING:
             read = read_bytes()
-        if index % SAMPLED == 0:
-            resident.append(resident_bytes())
+        resident.append(resident_bytes())
     found = {
         "resident_bytes": resident,
         "read_bytes": (read_bytes() - read) / max(1, tokens - 1 - SETTLING),

@@ -23,8 +23,10 @@ ROOT = Path(__file__).parents[2]
 DEVICE_BYTES = 32_000_000
 # Beside the budget: buffers of reads, spans, pages of the allocator and of read table rows.
 BESIDE_BYTES = 20_000_000
-TOKENS = 200
-MOST_GROWTH_BYTES = 65_536  # of ten tokens
+TOKENS = 341
+SETTLING, FLOOR = 20, 40  # tokens
+# Keeping the scores would be 32,768 B a token. Measured on a busy machine: 400 to 3,700 B a token.
+MOST_GROWTH_BYTES = 12_288 * FLOOR
 BUFFERS_BYTES = 4 * (4 << 20)  # of as many reads as may be under way
 
 
@@ -40,7 +42,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """200 tokens of a model of 67 MB within 32 MB."""
+    """Many tokens of a model of 67 MB within 32 MB."""
     folder = tmp_path_factory.mktemp("limits")
     tensors = factory.checkpoint(folder / "hf", dtype="bfloat16", **helper.SETTINGS)
     store = helper.store_of(folder / "hf", folder / "store")
@@ -80,11 +82,13 @@ def test_the_ledger_stays_within_the_budget(ran: Ran) -> None:
 
 
 def test_nothing_grows_from_token_to_token_without_the_collector(ran: Ran) -> None:
-    resident = np.array(ran.found["resident_bytes"][3:])
-    assert len(resident) > 15
-    # Keeping one token's scores would be 32,768 B each; a buffer that is made late is made once.
-    assert np.median(np.diff(resident)) <= MOST_GROWTH_BYTES
-    assert resident[-1] - resident[0] <= BUFFERS_BYTES
+    resident = np.array(ran.found["resident_bytes"][1 + SETTLING :])
+    # A buffer of 4 MB comes and goes with the reads that are under way, and may be made late. It
+    # moves one floor or two; what is kept of every token raises them all.
+    floors = resident[: len(resident) // FLOOR * FLOOR].reshape(-1, FLOOR).min(axis=1)
+    assert len(floors) >= 8
+    assert np.median(np.diff(floors)) <= MOST_GROWTH_BYTES, floors
+    assert floors[-1] - floors[0] <= BUFFERS_BYTES + len(floors) * MOST_GROWTH_BYTES, floors
 
 
 def test_the_system_reads_what_the_plan_says(ran: Ran) -> None:
