@@ -186,6 +186,8 @@ def test_steady_streaming_takes_no_memory_without_gc(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    nbytes, objects = json.loads(done.stdout)
-    assert nbytes < 1 << 20, f"{nbytes:,} B more after 3,000 runs"
-    assert objects < 100
+    rises = np.diff(json.loads(done.stdout), axis=0)
+    # An allocator that takes a large piece does it once or twice; what is kept is kept every time.
+    steady = np.sort(rises[:, 0])[:-2].sum()
+    assert steady < 3 << 18, f"{rises[:, 0].tolist()} B more after every 250 runs"
+    assert rises[:, 1].sum() < 100
