@@ -49,7 +49,7 @@ class Browser:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(60)
         os.close(self._in)
         os.close(self._out)
 

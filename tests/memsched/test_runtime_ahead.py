@@ -25,7 +25,7 @@ from memsched.stores.reader import Reader
 
 MACHINE = programs.tiny_machine()
 PROGRAM = programs.chain(3, 16)
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 def two_slots(program: Program) -> Plan:

@@ -11,6 +11,7 @@ import programs
 import pytest
 from plan_mutations import rebuilt
 from programs import array, program, tiny_machine
+from quick import least_s, slowness
 from symbolic import objections
 
 import memsched
@@ -555,16 +556,20 @@ print(len(plan.actions), time.process_time() - start)
 """
     # In a process of its own: here every call checks its annotations, which takes ten times longer.
     paths = [str(Path(programs.__file__).parent), str(PACKAGE.parent)]
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    actions, seconds = done.stdout.split()
-    assert int(actions) == 20_000
-    assert float(seconds) < 1.0
+
+    def verified() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        actions, seconds = done.stdout.split()
+        assert int(actions) == 20_000
+        return float(seconds) / slowness()
+
+    assert least_s(verified, 1.0) < 1.0
 
 
 def test_the_referee_knows_neither_the_planner_nor_the_runtime_nor_jax() -> None:

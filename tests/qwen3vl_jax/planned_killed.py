@@ -58,8 +58,12 @@ def main(asked: dict[str, Any]) -> None:
         child = start(asked, out / "killed.json")
         time.sleep(chosen.random() * seconds * 0.7)
         os.kill(child, signal.SIGKILL)
-        died.append(result(child))
+        status = result(child)
         left += [path.name for path in spill.iterdir()] if spill.exists() else []
+        if status == 0:
+            seconds *= 0.7  # it was faster than the signal: two at a time take longer
+        else:
+            died.append(status)
     print(json.dumps({"ended": ended, "told": told, "died": died, "left": left}))
 
 

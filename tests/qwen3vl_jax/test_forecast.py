@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import tiny
 from browser import Browser
 from learned_costs import coefficients
+from quick import least_s, slowness
 
 from memsched.aot import Compiler, Workspace
 from memsched.cost.learned import LearnedCost
@@ -276,17 +276,18 @@ def test_a_group_of_experts_changes_no_byte() -> None:
 )
 def test_planning_without_a_weight_takes_seconds(model: str, machine: str, most_s: float) -> None:
     # In a process of its own: here every annotation is checked at every call. Seconds on a core of
-    # 3 GHz; a busy machine takes up to half as much again, so it is tried again.
+    # 2.4 to 3 GHz; a busy machine takes up to half as much again, so it is tried again.
     command = [
         *(sys.executable, str(ROOT / "scripts" / "plan.py"), "--json", "--machine"),
         str(ROOT / "configs" / "machines" / f"{machine}.toml"),
         str(OFFICIAL / f"qwen3-vl-{model}-instruct.json"),
     ]
-    seconds: list[float] = []
-    while len(seconds) < 5 and min(seconds, default=math.inf) >= most_s:
+
+    def planned() -> float:
         done = subprocess.run(command, capture_output=True, check=True, env=ENVIRONMENT)
-        seconds.append(json.loads(done.stdout.splitlines()[-1])["plan_cpu_seconds"])
-    assert min(seconds) < most_s
+        return float(json.loads(done.stdout.splitlines()[-1])["plan_cpu_seconds"]) / slowness()
+
+    assert least_s(planned, most_s) < most_s
 
 
 class SaysAsMuch(Compiler):

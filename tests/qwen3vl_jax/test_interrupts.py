@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from quick import least_s
 
 # Hashing for a minute is one C call that lets go of the GIL, as calls into XLA are.
 LONG_CALL = """
@@ -88,16 +89,25 @@ def started(code: str) -> subprocess.Popen[str]:
     return child
 
 
-@pytest.mark.alone
-def test_ctrl_c_ends_a_process_that_is_inside_one_long_call() -> None:
-    child = started(LONG_CALL)
-    time.sleep(0.3)  # on a busy machine the call begins some time after the line before it
+def interrupted(child: subprocess.Popen[str]) -> tuple[float, str]:
+    """Seconds from Ctrl-C to the end of the process, and what it complained."""
     sent = time.monotonic()
     child.send_signal(signal.SIGINT)
-    _, complaints = child.communicate(timeout=20)
-    assert time.monotonic() - sent < 1.0
-    assert child.returncode == 130
-    assert "interrupted" in complaints
+    _, complaints = child.communicate(timeout=60)
+    return time.monotonic() - sent, complaints
+
+
+@pytest.mark.alone
+def test_ctrl_c_ends_a_process_that_is_inside_one_long_call() -> None:
+    def ended() -> float:
+        child = started(LONG_CALL)
+        time.sleep(0.3)  # on a busy machine the call begins some time after the line before it
+        taken_s, complaints = interrupted(child)
+        assert child.returncode == 130
+        assert "interrupted" in complaints
+        return taken_s
+
+    assert least_s(ended, 1.0) < 1.0
 
 
 def test_while_answering_the_first_ctrl_c_stops_and_while_waiting_it_only_raises() -> None:
@@ -106,32 +116,33 @@ def test_while_answering_the_first_ctrl_c_stops_and_while_waiting_it_only_raises
     child.send_signal(signal.SIGINT)
     assert [child.stdout.readline() for _ in range(2)] == ["stopped\n", "waiting\n"]
     child.send_signal(signal.SIGINT)
-    rest, complaints = child.communicate(timeout=20)
+    rest, complaints = child.communicate(timeout=60)
     assert (rest, complaints, child.returncode) == ("raised\nleft\n", "", 0)
 
 
 def test_a_request_to_stop_that_is_seen_late_does_not_end_the_process() -> None:
     child = started(LATE_WATCHER)
     child.send_signal(signal.SIGINT)
-    rest, complaints = child.communicate(timeout=20)
+    rest, complaints = child.communicate(timeout=60)
     assert (rest, complaints, child.returncode) == ("left\n", "", 0)
 
 
 def test_ctrl_c_in_a_callback_ends_the_process_and_prints_no_traceback() -> None:
     began = time.monotonic()
-    complaints = started(IN_A_CALLBACK).communicate(timeout=20)[1]
-    assert time.monotonic() - began < 10
+    complaints = started(IN_A_CALLBACK).communicate(timeout=60)[1]
+    assert time.monotonic() - began < 20
     assert complaints == "\ninterrupted\n"
 
 
 @pytest.mark.alone
 def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop() -> None:
-    child = started(STUCK_ANSWER)
-    child.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(timeout=1.0)
-    sent = time.monotonic()
-    child.send_signal(signal.SIGINT)
-    child.communicate(timeout=20)
-    assert time.monotonic() - sent < 1.0
-    assert child.returncode == 130
+    def ended() -> float:
+        child = started(STUCK_ANSWER)
+        child.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(timeout=1.0)
+        taken_s, _ = interrupted(child)
+        assert child.returncode == 130
+        return taken_s
+
+    assert least_s(ended, 1.0) < 1.0

@@ -16,7 +16,9 @@ import checkpoint_factory as factory
 import numpy as np
 import pytest
 import tensorstore
+from quick import least_s
 
+from memsched.collector import uncollected
 from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.checkpoints.manifest import (
     CHUNK_BYTES,
@@ -387,12 +389,16 @@ def test_another_model_is_refused(store: Path) -> None:
 def test_ctrl_c_ends_reading_at_once(tmp_path: Path) -> None:
     stored = write_array(tmp_path, "a", np.zeros((64, 1024), np.float32))
 
-    def read_for_20_seconds() -> None:
+    def read_for_20_seconds(start: float) -> None:
         while time.monotonic() < start + 20:
             read_rows(tmp_path, "a", stored, 0, 64)
 
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        read_for_20_seconds()
-    assert time.monotonic() - start < 1.5
+    def ended() -> float:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        # In a callback of the collector, which JAX has, a KeyboardInterrupt would be lost.
+        with uncollected(), pytest.raises(KeyboardInterrupt):
+            read_for_20_seconds(start)
+        return time.monotonic() - start
+
+    assert least_s(ended, 1.5) < 1.5

@@ -250,12 +250,11 @@ def test_a_conversation_goes_on_after_a_picture_that_has_no_room(
 # ---- plans ----
 
 
-@pytest.mark.alone  # reads ahead that a busy machine has not made are missing in what was read
 def test_a_plan_that_was_written_is_carried_out_and_reported(
     script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     plans, report, trace = (str(tmp_path / n) for n in ("p.json", "r.json", "r.perfetto.json"))
-    common = ["--model", MODEL, "-p", "what?", "-n", "3", "--greedy", "-q"]
+    common = ["--model", MODEL, "-p", "what?", "-n", "30", "--greedy", "-q"]
     assert script.main([*common, "--json"]) == 0
     wanted = json.loads(capsys.readouterr().out)["tokens"]
     small = ["--device-memory", "1.2MB"]
@@ -269,8 +268,9 @@ def test_a_plan_that_was_written_is_carried_out_and_reported(
         *("seconds", "decode_tokens_per_s", "peak_bytes", "read_bytes", "written_bytes"),
     }
     assert found["predicted"]["peak_bytes"]["device"] == found["peak_bytes"]["device"]
-    # What has no place is read for every token; the disk gives whole blocks.
-    assert found["read_bytes"] >= found["predicted"]["read_bytes"] * 0.99 > 0
+    # What has no place is read for every token; the disk gives whole blocks. What is read ahead for
+    # the next token may be under way at the end: one pass of 30.
+    assert found["read_bytes"] >= found["predicted"]["read_bytes"] * 0.95 > 0
     measured = json.loads(Path(report).read_text())["measured"]["decode"]
     lines = {line["what"]: line for line in measured}
     assert {"a pass", "compute busy", "read_bytes", "written_bytes"} <= set(lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from quick import least_s
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -34,8 +35,8 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.alone
 def test_help_and_version_answer_within_half_a_second_from_anywhere(tmp_path: Path) -> None:
     for flag, says in (("--help", "--max-new-tokens"), ("--version", "qwen3vl-jax")):
-        seconds: list[float] = []
-        while len(seconds) < 10 and min(seconds, default=1.0) >= 0.5:
+
+        def answered(flag: str = flag, says: str = says) -> float:
             started = time.monotonic()
             done = subprocess.run(
                 [sys.executable, SCRIPT, flag],
@@ -45,10 +46,12 @@ def test_help_and_version_answer_within_half_a_second_from_anywhere(tmp_path: Pa
                 text=True,
                 check=False,
             )
-            seconds.append(time.monotonic() - started)
+            taken_s = time.monotonic() - started
             assert (done.returncode, done.stderr) == (0, "")
             assert says in done.stdout
-        assert min(seconds) < 0.5
+            return taken_s
+
+        assert least_s(answered, 0.5, attempts=10) < 0.5
 
 
 WITHOUT_TORCH = """
@@ -97,12 +100,16 @@ def interrupted(child: subprocess.Popen[bytes]) -> float:
 
 @pytest.mark.alone
 def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> None:
-    with started("--model", endless, "-p", "x", "-n", "4000") as child:
-        assert child.stdout is not None
-        assert child.stdout.read(5)
-        assert interrupted(child) < 1.0
-        assert child.returncode == 130
-        assert child.communicate()[1].count(b"\n") <= 3
+    def ended() -> float:
+        with started("--model", endless, "-p", "x", "-n", "4000") as child:
+            assert child.stdout is not None
+            assert child.stdout.read(5)
+            taken_s = interrupted(child)
+            assert child.returncode == 130
+            assert child.communicate()[1].count(b"\n") <= 3
+        return taken_s
+
+    assert least_s(ended, 1.0) < 1.0
 
 
 @pytest.mark.alone
@@ -110,14 +117,18 @@ def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> N
 def test_ctrl_c_ends_with_130_within_a_second_while_loading_or_compiling(
     endless: str, delay_s: float
 ) -> None:
-    with started("--model", endless, "-p", "x", "-n", "4000") as child:
-        assert child.stderr is not None
-        assert child.stderr.readline().startswith(b"loading ")
-        time.sleep(delay_s)
-        assert interrupted(child) < 1.0
-        complaints = child.stderr.read()
-        assert child.returncode == 130, complaints
-        assert complaints.count(b"\n") <= 2
+    def ended() -> float:
+        with started("--model", endless, "-p", "x", "-n", "4000") as child:
+            assert child.stderr is not None
+            assert child.stderr.readline().startswith(b"loading ")
+            time.sleep(delay_s)
+            taken_s = interrupted(child)
+            complaints = child.stderr.read()
+            assert child.returncode == 130, complaints
+            assert complaints.count(b"\n") <= 2
+        return taken_s
+
+    assert least_s(ended, 1.0) < 1.0
 
 
 def test_ctrl_c_in_a_conversation_stops_the_answer_only(endless: str) -> None:
