@@ -40,8 +40,9 @@ CHILD = Path(__file__).with_name("long_child.py")
 ROOT = Path(__file__).parents[2]
 LONG = 2900  # tokens of a prompt, whose cache takes 24 MB
 DEVICE_BYTES = 10_000_000
-# Buffers of reads and writes, plans and spans of each chunk, pages of the allocator: 14 to 18 MB.
-BESIDE_BYTES = 20_000_000
+# Buffers of reads and writes, plans and spans of each chunk, pages of the allocator: 14 to 18 MB,
+# and two buffers of 4 MB more. A cache in memory would be 25 MB more.
+BESIDE_BYTES = 26_000_000
 ROPE = {"mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"}
 SETTINGS: dict[str, Any] = {
     "text": {

@@ -153,7 +153,8 @@ def test_encoded_stores_follow_the_raw_one_and_a_limit_may_be_a_part_of_its_weig
     assert large["plan_bytes"] == 0 < small["plan_bytes"]
     assert small_int8["weight_bytes"] < 0.5 * weights  # a quarter, and float32 embeddings
     assert small["read_bytes"] >= small["plan_bytes"] * 0.9
-    assert small_int8["plan_bytes"] == 0 == small_int8["read_bytes"]
+    assert small_int8["plan_bytes"] == 0
+    assert small_int8["read_bytes"] < 4096  # rows of the embeddings
 
 
 def test_a_part_that_does_not_fit_is_told_and_the_rest_is_measured(

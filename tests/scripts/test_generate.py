@@ -254,7 +254,7 @@ def test_a_plan_that_was_written_is_carried_out_and_reported(
     script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     plans, report, trace = (str(tmp_path / n) for n in ("p.json", "r.json", "r.perfetto.json"))
-    common = ["--model", MODEL, "-p", "what?", "-n", "30", "--greedy", "-q"]
+    common = ["--model", MODEL, "-p", "what?", "-n", "15", "--greedy", "-q"]
     assert script.main([*common, "--json"]) == 0
     wanted = json.loads(capsys.readouterr().out)["tokens"]
     small = ["--device-memory", "1.2MB"]
@@ -269,8 +269,9 @@ def test_a_plan_that_was_written_is_carried_out_and_reported(
     }
     assert found["predicted"]["peak_bytes"]["device"] == found["peak_bytes"]["device"]
     # What has no place is read for every token; the disk gives whole blocks. What is read ahead for
-    # the next token may be under way at the end: one pass of 30.
-    assert found["read_bytes"] >= found["predicted"]["read_bytes"] * 0.95 > 0
+    # the next token may be under way at the end: one pass of 15.
+    assert found["read_bytes"] >= found["predicted"]["read_bytes"] * 0.9 > 0
+    assert len(wanted) == 15
     measured = json.loads(Path(report).read_text())["measured"]["decode"]
     lines = {line["what"]: line for line in measured}
     assert {"a pass", "compute busy", "read_bytes", "written_bytes"} <= set(lines)
