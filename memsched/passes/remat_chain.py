@@ -21,8 +21,10 @@ class Chain:
 
     `work_bytes` is what the way there takes and `undo_bytes` what the way back takes, both beside
     the stage's input. `state_bytes[i]` and `cotangent_bytes[i]` lie between stages i - 1 and i;
-    these two have one entry more. `left_bytes` stay after the way back. `reads_tape` says whether
-    the way back needs anything that its stage makes. `base_bytes` are there all the time.
+    these two have one entry more: above the last stage lies what is given to it alone.
+    `result_bytes` are those of the next state that the way back reads. `left_bytes` stay after the
+    way back. `reads_tape` says whether the way back needs anything that its stage makes.
+    `base_bytes` are there all the time.
     """
 
     forward: tuple[tuple[int, ...], ...]
@@ -31,6 +33,7 @@ class Chain:
     backward_s: tuple[float, ...]
     state_bytes: tuple[int, ...]
     tape_bytes: tuple[int, ...]
+    result_bytes: tuple[int, ...]
     work_bytes: tuple[int, ...]
     cotangent_bytes: tuple[int, ...]
     undo_bytes: tuple[int, ...]
@@ -105,7 +108,20 @@ def _way_there(needs: Needs, turn: int) -> _Way | None:
         if crossing and crossing.isdisjoint(before):
             cuts.append(place)
             before = crossing
-    return dataclasses.replace(way, cuts=tuple(cuts))
+    return _with_loss(dataclasses.replace(way, cuts=tuple(cuts)))
+
+
+def _with_loss(way: _Way) -> _Way:
+    """The way there, with a stage without steps at its end: what turns round, a loss, say.
+
+    So what that reads of the stage before is a state of its own, and the rest need not be there.
+    """
+    step, start = way.needs.program.steps[way.turn], way.cuts[-1]
+    result = {name for name in step.inputs if way.size([name])}
+    if not result or any(way.made_at[name] < start for name in result):
+        return way
+    until = {**way.read_until, **dict.fromkeys(result, way.turn)}
+    return dataclasses.replace(way, cuts=(*way.cuts, way.turn), read_until=until)
 
 
 def _turn(needs: Needs) -> int:
@@ -165,19 +181,19 @@ def _measured(way: _Way, levels: Sequence[tuple[int, ...]]) -> Chain:
     made = [{n for index in steps for n in program.steps[index].writes} for steps in forward]
     tapes = [(made[i] & read_back[i]) - states[i + 1] for i in range(len(forward))]
     passing = _passing_back(needs, way, levels)
-    undone = [
-        _undo(way, steps, {*passing[i + 1], *tapes[i], *(states[i + 1] & read_back[i])})
-        for i, steps in enumerate(levels)
-    ]
     kept = {n for n in way.made_at if n in way.common or n in program.outputs}
     given = {n for n in program.given if program.arrays[n].kind != "weight"}
     # What only the last stage reads is gone before anything runs again.
-    brief = {
-        n
-        for n in given
-        if needs.uses[n] and way.cuts[-1] <= needs.uses[n][0] and needs.uses[n][-1] < way.turn
-    } - set(stays(program))
-    brief_bytes = sum(needs.device_bytes[n] for n in brief)
+    last_cut = max(cut for cut in way.cuts if cut < way.turn)
+    end = max(levels[-1], default=way.turn - 1)
+    brief = {n for n in given if needs.uses[n] and last_cut <= needs.uses[n][0]}
+    brief = {n for n in brief - set(stays(program)) if needs.uses[n][-1] <= end}
+    passing[-1] = tuple(sorted(brief))
+    coming = [{n for n in names if needs.uses[n][-1] >= way.turn} for names in passing]
+    undone = [
+        _undo(way, steps, coming[i + 1] | tapes[i] | (states[i + 1] & read_back[i]))
+        for i, steps in enumerate(levels)
+    ]
     return Chain(
         forward=forward,
         backward=tuple(levels),
@@ -185,9 +201,9 @@ def _measured(way: _Way, levels: Sequence[tuple[int, ...]]) -> Chain:
         backward_s=tuple(sum((needs.step_s[index] for index in steps), 0.0) for steps in levels),
         state_bytes=tuple(way.size(names) for names in states),
         tape_bytes=tuple(way.size(names) for names in tapes),
+        result_bytes=tuple(way.size(states[i + 1] & read_back[i]) for i in range(len(forward))),
         work_bytes=tuple(
-            _work(way, steps, tapes[i] | states[i + 1]) + brief_bytes
-            for i, steps in enumerate(forward)
+            _work(way, steps, tapes[i] | states[i + 1]) for i, steps in enumerate(forward)
         ),
         cotangent_bytes=tuple(sum(needs.device_bytes[n] for n in names) for names in passing),
         undo_bytes=tuple(undone),

@@ -1,24 +1,24 @@
 """The order that goes through a chain and back in the least time within a memory.
 
-Source: O. Beaumont, L. Eyraud-Dubois, J. Herrmann, A. Joly and A. Shilova, Optimal checkpointing
-for heterogeneous chains: how to train deep neural networks with limited memory, 2019 (the dynamic
-programme of "rotor"), with two differences: a stage is one step that always makes its tape, and
-what the way back leaves behind stays.
+A dynamic programme over the parts of a chain (`remat_ways`) and all memories.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from memsched.passes.remat_chain import Chain
 from memsched.passes.remat_order import Order
+from memsched.passes.remat_ways import KINDS, Part, Sizes, Way, in_units, runs, single, ways
 
 # Memory is counted in units of which the room has so many, or in a unit that divides all sizes.
 UNITS = 512
 MOST_UNITS = 2048
+# In a longer chain a state stays until its way back is done: a second for 40 stages, not for 100.
+LONGEST = 40
 
 Curve = npt.NDArray[np.float64]
 
@@ -27,44 +27,32 @@ Curve = npt.NDArray[np.float64]
 class Table:
     """Least seconds of every part of a chain, for every memory up to a limit.
 
-    `curves[first, last][units]` is the time from the state before `first` and the cotangent after
-    `last` to the cotangent before `first`, in that much memory beside the state.
+    `curves[part][units]` is the time from the state before a part and the cotangent after it to the
+    cotangent before it. A state before it that stays, and what lies beside it, is not counted.
     """
 
-    chain: "Chain"
+    chain: Chain
     unit_bytes: int
-    curves: dict[tuple[int, int], Curve]
+    curves: dict[Part, Curve]
 
     def seconds(self, room_bytes: int) -> float:
         """Least seconds for the whole chain in a memory; infinite where it is too small."""
         units = self._units(room_bytes)
-        return float(self._whole[units]) if units >= 0 else float("inf")
+        return float(self.curves[self._whole][units]) if units >= 0 else float("inf")
 
     def order(self, room_bytes: int) -> Order | None:
         """The order that takes these seconds, or None where the memory is too small."""
         if self.seconds(room_bytes) == float("inf"):
             return None
-        return tuple(_walk(self, 0, len(self.chain.forward) - 1, self._units(room_bytes)))
+        return tuple(_walk(self, self._whole, self._units(room_bytes)))
 
     def _units(self, room_bytes: int) -> int:
         free = (room_bytes - self.chain.base_bytes) // self.unit_bytes
-        return int(min(free, len(self._whole) - 1))
+        return int(min(free, len(self.curves[self._whole]) - 1))
 
     @property
-    def _whole(self) -> Curve:
-        return self.curves[0, len(self.chain.forward) - 1]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Sizes of a chain in units, rounded to the nearest: what comes out is measured exactly."""
-
-    state: tuple[int, ...]
-    tape: tuple[int, ...]
-    work: tuple[int, ...]
-    cotangent: tuple[int, ...]
-    undo: tuple[int, ...]
-    left: tuple[int, ...]
+    def _whole(self) -> Part:
+        return Part(0, len(self.chain.forward) - 1)
 
 
 def solve(chain: Chain, room_bytes: int) -> Table:
@@ -77,13 +65,12 @@ def solve(chain: Chain, room_bytes: int) -> Table:
     unit = unit_bytes(chain, room_bytes)
     table = Table(chain, unit, {})
     count = max(0, (room_bytes - chain.base_bytes) // unit) + 1
-    sizes = _sizes(chain, unit)
+    sizes = in_units(chain, unit)
     for length in range(len(chain.forward)):
         for first in range(len(chain.forward) - length):
-            curve = np.full(count, np.inf)
-            for _, found in _choices(table, sizes, first, first + length, count):
-                np.minimum(curve, found, out=curve)
-            table.curves[first, first + length] = curve
+            for kind in KINDS if len(chain.forward) <= LONGEST else KINDS[:1]:
+                part = Part(first, first + length, *kind)
+                table.curves[part] = _curve(table, sizes, part, count)
     return table
 
 
@@ -92,6 +79,7 @@ def unit_bytes(chain: Chain, room_bytes: int) -> int:
     sizes = (
         *chain.state_bytes,
         *chain.tape_bytes,
+        *chain.result_bytes,
         *chain.work_bytes,
         *chain.cotangent_bytes,
         *chain.undo_bytes,
@@ -102,87 +90,55 @@ def unit_bytes(chain: Chain, room_bytes: int) -> int:
     return exact if free // exact <= MOST_UNITS else max(1, free // UNITS)
 
 
-def _sizes(chain: Chain, unit: int) -> _Sizes:
-    def units(nbytes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(round(one / unit) for one in nbytes)
-
-    return _Sizes(
-        units(chain.state_bytes),
-        units(chain.tape_bytes),
-        units(chain.work_bytes),
-        units(chain.cotangent_bytes),
-        units(chain.undo_bytes),
-        units(chain.left_bytes),
-    )
-
-
-def _choices(
-    table: Table, sizes: _Sizes, first: int, last: int, count: int
-) -> Iterator[tuple[int, Curve]]:
-    """The ways to do a part of a chain, each with its time for every memory.
-
-    Way `first`: the stage's tape is kept. Way j: only the state before stage j is, and what comes
-    before it is run again later.
-    """
-    chain = table.chain
-    there, back = chain.forward_s[first], chain.backward_s[first]
-    if first == last:
-        yield first, _single(chain, sizes, first, count)
-        return
-    left = sum(sizes.left[first + 1 : last + 1])
-    least = max(sizes.cotangent[last + 1] + sizes.work[first], left + sizes.undo[first])
-    taken = sizes.tape[first] + sizes.state[first + 1]
-    yield first, _from(_shifted(table.curves[first + 1, last], taken) + (there + back), least)
-    least, seconds, after = 0, 0.0, sum(sizes.left[first : last + 1])
-    for cut in range(first + 1, last + 1):
-        stage = cut - 1
-        held = sizes.state[stage] if stage > first else 0
-        least = max(least, sizes.cotangent[last + 1] + held + sizes.work[stage])
-        seconds += chain.forward_s[stage]
-        after -= sizes.left[stage]
-        upper = _shifted(table.curves[cut, last], sizes.state[cut])
-        lower = _shifted(table.curves[first, cut - 1], after)
-        yield cut, _from(upper + lower + seconds, least)
-
-
-def _single(chain: Chain, sizes: _Sizes, stage: int, count: int) -> Curve:
-    """The curve of one stage. One whose way back reads nothing of it need not run again."""
-    least, seconds = sizes.undo[stage], chain.backward_s[stage]
-    if chain.reads_tape[stage]:
-        least = max(least, sizes.cotangent[stage + 1] + sizes.work[stage])
-        seconds += chain.forward_s[stage]
-    return _from(np.full(count, seconds, np.float64), least)
-
-
-def _from(curve: Curve, least: int) -> Curve:
-    """The curve, infinite below a memory. The array is changed in place."""
-    curve[:least] = np.inf
+def _curve(table: Table, sizes: Sizes, part: Part, count: int) -> Curve:
+    """Least seconds of a part for every memory. Those of shorter parts are known."""
+    curve = np.full(count, np.inf)
+    if part.first == part.last:
+        least, seconds = single(table.chain, sizes, part)
+        curve[least:] = seconds
+        return curve
+    for way in _known(table, sizes, part):
+        start = max(way.least, *way.taken)
+        if start >= count:
+            continue
+        above, below = way.taken
+        found = table.curves[way.upper][start - above : count - above] + way.seconds
+        if way.lower is not None:
+            found += table.curves[way.lower][start - below : count - below]
+        np.minimum(curve[start:], found, out=curve[start:])
     return curve
 
 
-def _shifted(curve: Curve, units: int) -> Curve:
-    """The curve of what is left when so many units are taken."""
-    found = np.full(len(curve), np.inf)
-    if units < len(curve):
-        found[units:] = curve[: len(curve) - units]
-    return found
+def _known(table: Table, sizes: Sizes, part: Part) -> Iterator[Way]:
+    """The ways to do a part that are made of parts in the table."""
+    for way in ways(table.chain, sizes, part):
+        if way.upper in table.curves and (way.lower is None or way.lower in table.curves):
+            yield way
 
 
-def _walk(table: Table, first: int, last: int, units: int) -> Iterator[int]:
+def _seconds(table: Table, way: Way, units: int) -> float:
+    """What a way takes in a memory."""
+    if units < max(way.least, *way.taken):
+        return float("inf")
+    seconds = way.seconds + float(table.curves[way.upper][units - way.taken[0]])
+    if way.lower is not None:
+        seconds += float(table.curves[way.lower][units - way.taken[1]])
+    return seconds
+
+
+def _walk(table: Table, part: Part, units: int) -> Iterator[int]:
     """The steps of a part of a chain in a memory."""
-    chain, sizes = table.chain, _sizes(table.chain, table.unit_bytes)
-    count = len(table.curves[0, 0])
-    choices = _choices(table, sizes, first, last, count)
-    way, _ = min(choices, key=lambda choice: choice[1][units])
-    if first == last:
-        yield from chain.forward[first] if chain.reads_tape[first] else ()
-        yield from chain.backward[first]
-    elif way == first:
-        yield from chain.forward[first]
-        taken = sizes.tape[first] + sizes.state[first + 1]
-        yield from _walk(table, first + 1, last, units - taken)
-        yield from chain.backward[first]
+    chain, first = table.chain, part.first
+    back = chain.backward[first] if part.leaves == "done" else ()
+    if first == part.last:
+        yield from chain.forward[first] if runs(chain, part) else ()
+        yield from back
+        return
+    known = _known(table, in_units(chain, table.unit_bytes), part)
+    best = min(known, key=lambda way: _seconds(table, way, units))
+    yield from itertools.chain(*chain.forward[first : best.until])
+    yield from _walk(table, best.upper, units - best.taken[0])
+    if best.lower is None:
+        yield from back
     else:
-        yield from itertools.chain(*chain.forward[first:way])
-        yield from _walk(table, way, last, units - sizes.state[way])
-        yield from _walk(table, first, way - 1, units - sum(sizes.left[way : last + 1]))
+        yield from _walk(table, best.lower, units - best.taken[1])

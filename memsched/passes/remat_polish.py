@@ -92,9 +92,9 @@ def polished(runs: Runs, order: Order, room_bytes: int) -> Order:
     improved = True
     while improved and tries < MOST_TRIES:
         improved = False
-        for other in _with_more(runs, best):
+        for other, fresh in _with_more(runs, best):
             tries += len(other) - len(runs.step_s)
-            found = pruned(runs, other, room_bytes)
+            found = pruned(runs, other, room_bytes, fresh)
             faster = compute_s(runs, found) < compute_s(runs, best) * (1 - 1e-9)
             if faster and peak_bytes(runs, found) <= room_bytes:
                 best, improved = found, True
@@ -108,7 +108,7 @@ def fitted(runs: Runs, order: Order, room_bytes: int) -> Order | None:
     """An order with more repeated runs that keeps within a memory, or None if none is found."""
     most, tries = peak_bytes(runs, order), 0
     while most > room_bytes and tries < MOST_TRIES:
-        found = [(peak_bytes(runs, other), other) for other in _with_more(runs, order)]
+        found = [(peak_bytes(runs, other), other) for other, _ in _with_more(runs, order)]
         tries += len(found)
         least, other = min(found, default=(most, order))
         if least >= most:
@@ -117,17 +117,20 @@ def fitted(runs: Runs, order: Order, room_bytes: int) -> Order | None:
     return order if most <= room_bytes else None
 
 
-def pruned(runs: Runs, order: Order, room_bytes: int) -> Order:
-    """The order without the repeated runs that nobody needs or that a memory does without."""
-    order = _without_idle(runs, order)
+def pruned(runs: Runs, order: Order, room_bytes: int, fresh: range = range(0)) -> Order:
+    """The order without the repeated runs that nobody needs or that a memory does without.
+
+    Those at the places `fresh` are left out last: others may be left out because of them.
+    """
+    order, late = _without_idle(runs, order, [place in fresh for place in range(len(order))])
     places = _repeated(order)
     # The longest first; what is left out moves those behind it.
     while places:
-        place = max(places, key=lambda at: (runs.step_s[order[at]], at))
+        place = max(places, key=lambda at: (not late[at], runs.step_s[order[at]], at))
         places.remove(place)
         fewer = order[:place] + order[place + 1 :]
         if peak_bytes(runs, fewer) <= room_bytes:
-            order = _without_idle(runs, fewer)
+            order, late = _without_idle(runs, fewer, late[:place] + late[place + 1 :])
             places = _repeated(order)
     return order
 
@@ -143,28 +146,32 @@ def _repeated(order: Order) -> list[int]:
     return places
 
 
-def _without_idle(runs: Runs, order: Order) -> Order:
-    """Leaves out repeated runs whose results nobody reads."""
+def _without_idle(runs: Runs, order: Order, late: list[bool]) -> tuple[Order, list[bool]]:
+    """Leaves out repeated runs whose results nobody reads, and their marks."""
     repeated = set(_repeated(order))
     wanted = set(runs.program.outputs)
     kept: list[int] = []
     for place in range(len(order) - 1, -1, -1):
         step = runs.program.steps[order[place]]
         if place not in repeated or not wanted.isdisjoint(step.writes):
-            kept.append(order[place])
+            kept.append(place)
             wanted.difference_update(step.writes)
             wanted.update(step.inputs)
-    return tuple(reversed(kept))
+    kept.reverse()
+    return tuple(order[place] for place in kept), [late[place] for place in kept]
 
 
-def _with_more(runs: Runs, order: Order) -> Iterator[Order]:
-    """Orders with one run more before a reader of its results, and with some of its makers."""
+def _with_more(runs: Runs, order: Order) -> Iterator[tuple[Order, range]]:
+    """Orders with one run more before a reader of its results, and with some of its makers.
+
+    Also the places of these.
+    """
     for place, index in enumerate(order):
         makers = [runs.maker[name] for name in runs.reads[index] if name in runs.maker]
         for made in dict.fromkeys(makers):
             more: tuple[int, ...] = (made,)
             for _ in range(DEEPEST):
-                yield order[:place] + more + order[place:]
+                yield order[:place] + more + order[place:], range(place, place + len(more))
                 before = [runs.maker[n] for n in runs.reads[more[0]] if n in runs.maker]
                 if not before:
                     break
