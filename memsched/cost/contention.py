@@ -12,7 +12,9 @@ from memsched.program import Program
 # written to memory and read again.
 CHECKED_BYTES_PER_S = 2.8e9
 PASSES_OVER_MEMORY = 2
-# So many blocks are read at a time, whatever a disk could take (`runtime.tiers`).
+# Enough to keep a disk busy. Blocks that are read together end together: with 32 of them what the
+# next step waits for comes as late as what is read ahead, and nothing is left to read while the
+# step runs. Decoding the 2B model at 2 GB takes 0.80 s a token with 4 or 6, 0.89 with 8 and 32.
 READS_AT_ONCE = 6
 MOST_SLOWDOWN = 3.0
 

@@ -14,14 +14,12 @@ from memsched.cost import (
     simulate,
     simulate_rounds,
 )
-from memsched.cost.contention import READS_AT_ONCE
 from memsched.cost.sharing import FREE, Task, share
 from memsched.cost.simulate import _rounds
 from memsched.errors import ProgramError
 from memsched.machine import Machine
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Program, Step
-from memsched.runtime import tiers
 
 
 class Table:
@@ -139,10 +137,6 @@ def test_blocks_that_are_read_together_end_together() -> None:
     assert share([large, small, last]) == [(0.0, 8.0), (4.0, 8.0), (4.0, 13.0)]
     # Alone it would have been there as soon as it is read.
     assert share([large, small]) == [(0.0, 7.0), (4.0, 7.0)]
-
-
-def test_as_many_blocks_are_read_together_as_the_runtime_reads() -> None:
-    assert READS_AT_ONCE == tiers.READS_AT_ONCE
 
 
 def test_a_round_of_a_plan_that_follows_itself_is_taken_when_it_has_settled() -> None:
