@@ -92,6 +92,7 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
         spills = list(spill_trials(machine))
         held_out = list(spill_trials(machine, TESTED_ROWS)) if options.evaluate else []
         moves: dict[str, list[Measured]] = {}
+        console.say("measuring values that leave the device")
         _once((*spills, *held_out), scratch, moves, seconds=LONGEST_SPILL_S)
         rounds = _rounds(trials, tested, scratch, seconds)
         _once((*spills, *held_out), scratch, moves, seconds=LONGEST_SPILL_S)
@@ -303,7 +304,7 @@ def _evaluation(
     moves: dict[str, list["Measured"]],
 ) -> dict[str, Any]:
     from memsched.calibration.evaluation import (
-        link_score,
+        moves_score,
         passes_text,
         peaks,
         peaks_text,
@@ -314,7 +315,7 @@ def _evaluation(
 
     cost = LearnedCost(coefficients)
     found, memory = scores(trials, rounds, cost), peaks(trials, rounds)
-    found = (*found, link_score(spills, moves, cost))
+    found = (*found, *moves_score(spills, moves, cost))
     print(scores_text(found))
     print(passes_text(trials, rounds, cost))
     print(peaks_text(memory))

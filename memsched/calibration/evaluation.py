@@ -106,15 +106,15 @@ def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[
     return tuple(_score(what, some) for what, some in found.items() if any(some))
 
 
-def link_score(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> Score:
-    """Values moved out, by trials that do that."""
+def moves_score(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[Score, ...]:
+    """Values moved out, by trials that do that; none if nothing was."""
     high, found = cost.at(QUANTILE), []
     for trial in trials:
         for measured in rounds[trial.name]:
             some = observations(trial, measured)
             away = [one for one in some if leads_out(one, trial.machine)]
             found.append(_samples(trial, away, cost, high)[1])
-    return _score("moved out", found)
+    return (_score("moved out", found),) if any(found) else ()
 
 
 def peaks(trials: Sequence[Trial], rounds: Rounds) -> tuple[Peak, ...]:

@@ -13,6 +13,7 @@ from memsched.passes.grouping import group_weights
 from memsched.passes.judge import judge_by
 from memsched.passes.keep import POLICIES
 from memsched.passes.needs import Needs, read_needs
+from memsched.passes.orders import FEW
 from memsched.passes.recipes import read_room
 from memsched.passes.search import Found, tail_spill
 from memsched.plan import Plan
@@ -67,9 +68,11 @@ def baselines(
 
 def _baselines(needs: Needs, effort: Effort) -> dict[str, tuple[float, Plan | None]]:
     """Seconds and plans of ways to run grouped weights."""
-    # Nobody has to judge between it and the plain way, which follows anyway.
+    # Nobody has to judge between it and the plain way, which follows anyway. Plans of few weights
+    # may differ in what else they move: plain ways move the same.
     unjudged = dataclasses.replace(needs, judge=None)
-    best = fastest(unjudged, repeat=True, effort=effort.share(0.0))
+    few = len(needs.weights) <= FEW
+    best = fastest(unjudged, repeat=True, effort=effort if few else effort.share(0.0))
     if len(best.layout.device.pinned) == len(needs.weights):
         return {"resident": (needs.seconds(best.plan), best.plan)}
     device_bytes = needs.device_capacity_bytes - best.values.device_bytes

@@ -79,8 +79,7 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
     if best is None:
         raise _refusal(needs, smallest_bytes(needs, budgets))
     best = _improved(needs, best, repeat=repeat, effort=effort)
-    for values, weights_room in rooms:
-        best = reordered(needs, best, values, weights_room, effort.orders)
+    best = reordered(needs, best, rooms, effort.orders)
     return best if needs.judge is None else _or_plain(needs, best, repeat=repeat, effort=effort)
 
 

@@ -13,7 +13,7 @@ ACTIONS_PER_S = 50_000
 # three profiles.
 TAIL_ACTIONS, SEARCH_ACTIONS, TUNE_ACTIONS = 15_000, 30_000, 40_000
 STARTS = 2
-# All that programs of few weights have (`orders`): less than half a second.
+# All that programs of few weights have (`orders`): about half a second.
 ORDERS = 14_000
 # A plan that others only take hints from is worth this part of it.
 HINT = 1 / 40

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from memsched.cost import plan_seconds
 from memsched.passes.lower.assemble import assemble
@@ -16,6 +16,8 @@ from memsched.passes.search import Found, least_seconds
 
 # Seven weights have 5,040 orders, and 13,700 with all sets of pinned ones.
 FEW = 7
+# To look for offsets, where the tier does not place arrays itself, takes as long as so many orders.
+PACKING_ORDERS = 50
 # Less to gain is rounding.
 FASTER = 1 - 1e-7
 
@@ -32,7 +34,9 @@ class _Trials:
     left: int
 
 
-def reordered(needs: Needs, found: Found, values: Values, room: Room, most_orders: int) -> Found:
+def reordered(
+    needs: Needs, found: Found, rooms: Iterable[tuple[Values, Room]], most_orders: int
+) -> Found:
     """A plan at least as fast. If trying ends by itself, no other of its kind is faster.
 
     Of its kind are those that pin some weights and fetch the others round after round in one order,
@@ -42,19 +46,20 @@ def reordered(needs: Needs, found: Found, values: Values, room: Room, most_order
     Args:
         needs: the program and its machine.
         found: where to start.
-        values: the actions of everything else; they leave the `room`.
-        room: what weights may take, and whether the plan follows itself.
-        most_orders: trying stops after so many orders.
+        rooms: ways to do everything else, and what weights may take beside it.
+        most_orders: trying stops after so many orders; to look for offsets counts as some, too.
     """
-    if not room.repeat or not most_orders or len(needs.weights) > FEW:
+    if not most_orders or len(needs.weights) > FEW:
         return found
     trials = _Trials(found, found.seconds * FASTER, most_orders)
-    if sum(needs.step_s) >= trials.limit_s:
-        return found
-    for least_s, layout in sorted(_layouts(needs, room), key=lambda one: one[0]):
-        if least_s >= trials.limit_s or trials.left <= 0:
-            break
-        _try_orders(needs, layout, values, trials)
+    for values, room in rooms:
+        trials.limit_s = min(trials.limit_s, trials.best.seconds * FASTER)
+        if not room.repeat or sum(needs.step_s) >= trials.limit_s:
+            continue
+        for least_s, layout in sorted(_layouts(needs, room), key=lambda one: one[0]):
+            if least_s >= trials.limit_s or trials.left <= 0:
+                break
+            _try_orders(needs, layout, values, trials)
     return trials.best
 
 
@@ -70,7 +75,8 @@ def _layouts(needs: Needs, room: Room) -> Iterator[tuple[float, Layout]]:
             sum(needs.device_bytes[name] for name in names if name not in kept)
             for names in needs.step_weights
         )
-        if not passing or staged or device.ring_bytes < max(loads):
+        fits = device.ring_offset <= room.device_bytes and device.ring_bytes >= max(loads)
+        if not passing or staged or not fits:
             continue
         if needs.machine.device_is_host:
             layout = Layout(device)
@@ -100,6 +106,8 @@ def _try_orders(needs: Needs, layout: Layout, values: Values, trials: _Trials) -
             continue
         if (seconds := queue_seconds(needs, queue)) >= trials.limit_s:
             continue
+        if needs.machine.device_is_host:
+            trials.left -= PACKING_ORDERS
         found = _planned(needs, layout, queue, values)
         if found is not None:
             trials.limit_s = seconds * FASTER

@@ -7,6 +7,9 @@ may lead over the end of the round into the next one.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+# Some 10 ms.
+MOST_TRIES = 500
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CyclicStay:
@@ -34,16 +37,19 @@ def cyclic_offsets(stays: Sequence[CyclicStay]) -> tuple[int, ...]:
 
 
 def fitting_offsets(stays: Sequence[CyclicStay], capacity_bytes: int) -> tuple[int, ...] | None:
-    """Offsets of a few stays within a capacity, or None if there are none.
+    """Offsets of a few stays within a capacity; None if there are none, or none is found in time.
 
     First fit in some order finds them: that of their offsets in a packing that fits moves each of
-    them down, if at all. So all orders are tried, up to where one of those left has no room.
+    them down, if at all. So all orders are tried, up to where one of those left has no room; and up
+    to `MOST_TRIES` of their beginnings.
     """
     count = len(stays)
     meets = [[_meet(one, other) for other in stays] for one in stays]
     tries: list[tuple[tuple[int, int], ...]] = [()]
     seen: set[frozenset[tuple[int, int]]] = set()
-    while tries:
+    for _ in range(MOST_TRIES):
+        if not tries:
+            break
         placed = tries.pop()
         if len(placed) == count:
             return tuple(offset for _, offset in sorted(placed))

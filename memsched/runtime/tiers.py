@@ -12,7 +12,7 @@ import jax
 
 from memsched.cost.contention import READS_AT_ONCE
 from memsched.errors import PlanError
-from memsched.machine import DEVICE, HOST, NVME, Machine
+from memsched.machine import DEVICE, HOST, NVME, Link, Machine
 from memsched.program import ArraySpec
 from memsched.runtime.operations import CopyOp, FreeOp
 from memsched.runtime.ranges import Range, without
@@ -79,9 +79,7 @@ class Tiers:
         self._arena = Arena(arena.capacity_bytes, arena.alignment_bytes)
         self._touched: tuple[Range, ...] = ()
         self._over: dict[tuple[ArraySpec, int], Any] = {}
-        link = machine.link(NVME, self._arena_tier)
-        depth, block_bytes = (link.queue_depth, link.block_bytes) if link else (1, BLOCK_BYTES)
-        self._reader = Reader(min(depth, READS_AT_ONCE), block_bytes)
+        self._reader = Reader(*_requests(machine.link(NVME, self._arena_tier), READS_AT_ONCE))
         self._spill: Spill | None = None
         self._spill_lock = threading.Lock()
         self._generation = 0
@@ -94,11 +92,12 @@ class Tiers:
                 most_bytes = machine.tier(NVME).capacity_bytes
                 if nvme_space_bytes is not None:
                     most_bytes = nvme_space_bytes
+                depth, block_bytes = _requests(machine.link(self._arena_tier, NVME), WRITES_AT_ONCE)
                 self._spill = Spill(
                     nvme_dir,
                     nvme_space_bytes or 0,
                     limit_bytes=most_bytes,
-                    queue_depth=min(depth, WRITES_AT_ONCE),
+                    queue_depth=depth,
                     block_bytes=block_bytes,
                 )
         except BaseException:
@@ -353,3 +352,8 @@ class Tiers:
         if self._spill is None:
             raise PlanError("the plan moves arrays out to disk: give the executor an nvme_dir")
         return self._spill
+
+
+def _requests(link: Link | None, most: int) -> tuple[int, int]:
+    """How many requests are under way on a link to or from a disk, and their bytes."""
+    return (1, BLOCK_BYTES) if link is None else (min(link.queue_depth, most), link.block_bytes)

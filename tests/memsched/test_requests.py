@@ -42,11 +42,21 @@ def test_the_usual_one_stays_where_another_is_not_clearly_faster(
     assert best_of([reading(MIB, 2, *seconds), usual]) is usual
 
 
-def test_only_links_of_the_disk_get_the_chosen_requests() -> None:
+def test_one_bad_moment_of_the_fastest_does_not_hide_the_next() -> None:
+    usual, second = reading(*USUAL, 0.4, 0.4, 0.4), reading(MIB, 4, 0.2, 0.2, 0.2)
+    assert best_of([reading(MIB, 2, 0.1, 0.1, 0.45), second, usual]) is second
+
+
+def test_one_try_is_not_enough_to_leave_the_usual_one() -> None:
+    usual = reading(*USUAL, 0.4)
+    assert best_of([reading(MIB, 2, 0.1), usual]) is usual
+
+
+def test_only_the_link_that_was_read_gets_the_chosen_requests() -> None:
     machine = tiny_machine(host=1 << 20)
     changed = with_requests(machine, reading(MIB, 2, 0.1))
     for before, after in zip(machine.links, changed.links, strict=True):
-        if "nvme" in (after.source, after.target):
+        if after.source == "nvme":
             assert (after.block_bytes, after.queue_depth) == (MIB, 2)
             assert after.bytes_per_s == before.bytes_per_s
         else:
@@ -72,11 +82,11 @@ def test_a_disk_is_read_in_every_size_at_every_depth_alone_and_beside_steps(
     tmp_path: Path,
 ) -> None:
     with Scratch(tmp_path) as scratch:
-        found = measure_requests(scratch, seconds=0.0)
+        found = measure_requests(scratch, seconds=1.0)
     settings = {(one.block_bytes, one.queue_depth) for one in found}
     assert settings == {(size, depth) for size in BLOCK_BYTES for depth in QUEUE_DEPTHS}
     assert USUAL in settings
-    assert all(len(one.alone_s) == len(one.beside_s) >= 3 for one in found)
+    assert {len(one.alone_s) for one in found} == {len(one.beside_s) for one in found}
     # No disk reads at more than this, and none that is worth measuring at less.
     assert all(1e6 < one.alone_bytes_per_s < 1e12 for one in found)
     chosen = best_of(found)
