@@ -72,7 +72,8 @@ def refined_from(case: Case) -> tuple[Plan, Plan]:
 
 
 def reordered_from(case: Case) -> tuple[Plan, Plan]:
-    found = reordered(case.needs, case.found, case.found.values, case.room, most_orders=2000)
+    rooms = [(case.found.values, case.room)]
+    found = reordered(case.needs, case.found, rooms, most_orders=2000)
     return case.found.plan, found.plan
 
 
