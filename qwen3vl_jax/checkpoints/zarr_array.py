@@ -15,6 +15,7 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,8 @@ def _read_inside(chunk: Path, name: str, stop: int, first: int, values: np.ndarr
     """
     wanted, part = bytes_of(values), np.empty(PART_BYTES, np.uint8)
     low = first * (len(wanted) // len(values))
-    descriptor, found = open_regular(chunk), 0
-    try:
+    found = 0
+    with _opened(chunk, name) as descriptor:
         for start in range(0, stop, PART_BYTES):
             piece = part[: stop - start]
             read_into(descriptor, piece, start, chunk)
@@ -178,12 +179,27 @@ def _read_inside(chunk: Path, name: str, stop: int, first: int, values: np.ndarr
             if begin < end:
                 wanted[begin - low : end - low] = bytes_of(piece[begin - start : end - start])
         read_into(descriptor, part[:CHECKSUM_BYTES], stop, chunk)
-    finally:
-        os.close(descriptor)
     if part[:CHECKSUM_BYTES].tobytes() != found.to_bytes(CHECKSUM_BYTES, "little"):
         raise WeightError(
             f"array {name!r} is damaged: {chunk} does not match its crc32c; convert the model again"
         )
+
+
+@contextmanager
+def _opened(chunk: Path, name: str) -> Iterator[int]:
+    """A descriptor of a chunk. It may be lost or cut though `check_array_files` saw it whole."""
+    try:
+        descriptor = open_regular(chunk)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    except (WeightError, StorageError) as error:
+        if isinstance(error, StorageError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise WeightError(
+            f"array {name!r} is damaged: {chunk} was lost or cut; convert the model again"
+        ) from None
 
 
 def _open(folder: Path, array: StoredArray) -> tensorstore.TensorStore:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import tensorstore
 from quick import least_s
 
 from memsched.collector import uncollected
+from qwen3vl_jax.checkpoints import zarr_array
 from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.checkpoints.manifest import (
     CHUNK_BYTES,
@@ -167,6 +169,33 @@ def test_a_row_is_read_alone_but_all_of_its_chunk_is_checked(tmp_path: Path) -> 
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(WeightError, match=r"'a' is damaged: .*c\.1\.0"):
             read_rows(tmp_path, "a", stored, 1500, 1501)
+
+
+def _lost(path: Path) -> None:
+    path.unlink()
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def _cut_in_its_checksum(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [_lost, _cut, _cut_in_its_checksum])
+@pytest.mark.parametrize("rows", [(5, 6), (0, 64)], ids=["one row", "all rows"])
+def test_a_chunk_that_is_damaged_after_it_was_looked_at_is_a_weight_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    rows: tuple[int, int],
+) -> None:
+    stored = write_array(tmp_path, "a", np.zeros((64, 1024), np.float32))
+    monkeypatch.setattr(zarr_array, "check_array_files", lambda *_: None)
+    damage(tmp_path / "a" / "c.0.0")
+    with pytest.raises(WeightError, match=r"^array 'a' is damaged: .*; convert the model again$"):
+        read_rows(tmp_path, "a", stored, *rows)
 
 
 ROW_PEAK = """
