@@ -107,7 +107,7 @@ def test_ctrl_c_ends_a_process_that_is_inside_one_long_call() -> None:
         assert "interrupted" in complaints
         return taken_s
 
-    assert least_s(ended, 1.0) < 1.0
+    assert least_s(ended, 1.0, most_s=5.0) < 1.0
 
 
 def test_while_answering_the_first_ctrl_c_stops_and_while_waiting_it_only_raises() -> None:
@@ -145,4 +145,4 @@ def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop() -> None:
         assert child.returncode == 130
         return taken_s
 
-    assert least_s(ended, 1.0) < 1.0
+    assert least_s(ended, 1.0, most_s=5.0) < 1.0

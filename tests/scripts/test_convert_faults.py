@@ -102,7 +102,7 @@ def test_ctrl_c_is_answered_within_a_second_and_the_work_goes_on(tmp_path: Path)
             assert files(folder / trial["name"]) == files(folder / "undisturbed")
         return max(trial["answer_s"] for trial in trials)
 
-    assert least_s(slowest_answer_s, 1.0) < 1.0
+    assert least_s(slowest_answer_s, 1.0, most_s=5.0) < 1.0
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_ctrl_c_ends_with_130_within_a_second_while_answering(endless: str) -> N
             assert child.communicate()[1].count(b"\n") <= 3
         return taken_s
 
-    assert least_s(ended, 1.0) < 1.0
+    assert least_s(ended, 1.0, most_s=5.0) < 1.0
 
 
 @pytest.mark.alone
@@ -128,7 +128,7 @@ def test_ctrl_c_ends_with_130_within_a_second_while_loading_or_compiling(
             assert complaints.count(b"\n") <= 2
         return taken_s
 
-    assert least_s(ended, 1.0) < 1.0
+    assert least_s(ended, 1.0, most_s=5.0) < 1.0
 
 
 def test_ctrl_c_in_a_conversation_stops_the_answer_only(endless: str) -> None:
