@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +55,8 @@ def main(
         return failed(error, debug=False)
     except SystemExit as left:  # --help and --version
         return int(left.code or 0)
+    except KeyboardInterrupt:
+        return _interrupted()
     return run(lambda guard: work(options, guard), debug=options.debug)
 
 
@@ -68,7 +70,7 @@ def run(work: Callable[[Guard], int], *, debug: bool) -> int:
         # Where the terminal cannot show a character, it should not end the answer.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with guarded() as guard:
+        with guarded() as guard, _ctrl_c_stays(guard):
             code = work(guard)
             sys.stdout.flush()
             return code
@@ -77,10 +79,25 @@ def run(work: Callable[[Guard], int], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        say("\ninterrupted")
-        return INTERRUPTED
+        return _interrupted()
     except Exception as error:
         return failed(error, debug=debug)
+
+
+@contextlib.contextmanager
+def _ctrl_c_stays(guard: Guard) -> Iterator[None]:
+    """What Ctrl-C becomes in C code that it ends, a SystemError say, is Ctrl-C still."""
+    try:
+        yield
+    except Exception:
+        if guard.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _interrupted() -> int:
+    say("\ninterrupted")
+    return INTERRUPTED
 
 
 def leave(code: int) -> NoReturn:

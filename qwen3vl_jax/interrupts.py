@@ -42,13 +42,17 @@ class Meaning(enum.Enum):
 
 
 class Guard:
-    """What Ctrl-C means at the moment. Owns a pipe, and the thread that watches it."""
+    """What Ctrl-C means at the moment. Owns a pipe, and the thread that watches it.
+
+    `interrupted` is whether it came and meant the end.
+    """
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._left = threading.Event()
         self._meaning = Meaning.END
         self.stop_requested = False
+        self.interrupted = False
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
 
@@ -71,6 +75,7 @@ class Guard:
         if self._meaning is Meaning.STOP and not self.stop_requested:
             self.stop_requested = True
         else:
+            self.interrupted |= self._meaning is not Meaning.RAISE
             raise KeyboardInterrupt
 
     def _watch(self) -> None:

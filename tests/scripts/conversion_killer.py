@@ -39,13 +39,18 @@ def load_script() -> Callable[[list[str]], int]:
 
 
 def start(convert: Callable[[list[str]], int], options: list[str], destination: Path) -> int:
-    """Fork a child that converts; returns its process id."""
+    """Fork a child that converts; returns its process id once it does."""
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            os.write(begins, b".")
             code = convert([*options, str(destination)])
         os._exit(code)
+    os.close(begins)
+    os.read(begun, 1)
+    os.close(begun)
     return child
 
 
