@@ -112,8 +112,8 @@ def read_needs(
     host = HOST if machine.has_tier(HOST) else DEVICE
     sizes = [
         {
-            # What has no bytes has a place of its own, too.
-            name: rounded(max(1, array.nbytes), tier.alignment_bytes)
+            # A weight of no bytes has a place of its own, too.
+            name: rounded(max(array.kind == "weight", array.nbytes), tier.alignment_bytes)
             for name, array in program.arrays.items()
         }
         for tier in (machine.tier(DEVICE), machine.tier(host), machine.tier(NVME))
