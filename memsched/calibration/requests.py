@@ -30,7 +30,7 @@ USUAL = BLOCK_BYTES[-1], QUEUE_DEPTHS[-1]
 BETTER = 1.1
 FEWEST = 3
 ARRAYS, ARRAY_BYTES = 3, 8 << 20
-# What computes meanwhile reads a matrix of so many bytes, as decoding does.
+# What computes meanwhile reads a matrix of so many rows and columns (32 MiB), as decoding does.
 SIDE = 4096
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from memsched.calibration.trials import Trial
 from memsched.cost.observations import CopyObservation, Observation
-from memsched.machine import DEVICE, HOST, NVME, Machine
+from memsched.machine import DEVICE, Machine
 from memsched.plan import Action, Copy, Free, Plan, Residence, Run
 from memsched.program import Program
 from memsched.referee import verify
@@ -82,7 +82,7 @@ def spilling(program: Program, machine: Machine, lag: int) -> Plan:
 
 def _path(machine: Machine) -> tuple[str, ...]:
     """The tiers from the device outwards."""
-    return (DEVICE, NVME) if machine.device_is_host else (DEVICE, HOST, NVME)
+    return tuple(tier.name for tier in machine.tiers)
 
 
 def _hops(name: str, path: Sequence[str]) -> list[Action]:

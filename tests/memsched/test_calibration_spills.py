@@ -13,7 +13,7 @@ from memsched.calibration.spills import LAGS, ROWS, STAGES, TESTED_ROWS, leads_o
 from memsched.calibration.trials import measure, observations
 from memsched.cost.observations import CopyObservation
 from memsched.machine import DEVICE, NVME, Machine
-from memsched.plan import Copy, Run
+from memsched.plan import Action, Copy, Free, Run
 from memsched.referee import verify
 from memsched.runtime import Executor
 
@@ -39,11 +39,10 @@ def test_every_value_takes_every_link_out_and_back(machine: Machine) -> None:
 def test_with_a_lag_values_move_while_the_next_stage_runs() -> None:
     waiting, ahead = itertools.islice(spill_trials(HERE), 2)
 
-    def runs_before_free(actions: tuple[object, ...]) -> int:
+    def runs_before_free(actions: tuple[Action, ...]) -> int:
         """Stages that are issued between a value's way out and the end of its stay."""
-        first = next(i for i, one in enumerate(actions) if isinstance(one, Copy))
-        name = actions[first].array  # type: ignore[attr-defined]
-        last = next(i for i, one in enumerate(actions) if one == spills.Free(name, DEVICE))
+        first, name = next((i, a.array) for i, a in enumerate(actions) if isinstance(a, Copy))
+        last = actions.index(Free(name, DEVICE))
         return sum(isinstance(one, Run) for one in actions[first:last])
 
     assert runs_before_free(waiting.plan.actions) == 0
@@ -54,7 +53,7 @@ def test_a_machine_without_room_for_them_has_none() -> None:
     assert not list(spill_trials(tiny_machine(device=64 * MIB, nvme=MIB // 4), TESTED_ROWS))
 
 
-def test_what_comes_back_is_what_left(tmp_path: object) -> None:
+def test_what_comes_back_is_what_left() -> None:
     with Scratch() as scratch:
         for trial in spill_trials(HERE, (64,)):
             given = {
