@@ -66,6 +66,8 @@ def run(work: Callable[[Guard], int], *, debug: bool) -> int:
     0; 2 wrong usage; 3 out of memory; 4 bad input; 5 I/O; 130 Ctrl-C; 1 for a mistake of ours.
     A reader of stdout that goes away is no failure.
     """
+    if sys.stdout is None:  # who started this has closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Where the terminal cannot show a character, it should not end the answer.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,6 +1,7 @@
 """Text with columns: in colours on a terminal, plain and the same words anywhere else."""
 
 import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,20 +14,24 @@ from rich.text import Text
 __all__ = ["WIDTH", "Group", "RenderableType", "columns", "line", "plain", "show"]
 
 WIDTH = 100
+_END = re.compile(r"(?: |\x1b\[[\d;]*m)+$", re.MULTILINE)
 
 
 def show(content: RenderableType, file: io.TextIOBase | None = None) -> None:
     """Writes to a file, stdout by default: with colours if it is a terminal and NO_COLOR is not
-    set, else as `plain` text.
+    set, else as `plain` text. A narrower terminal continues lines in its next one: cut to its
+    width, numbers would lose digits.
     """
     target: Any = sys.stdout if file is None else file
     console = Console(file=target, highlight=False, soft_wrap=False)
+    text = plain(content)
     if console.is_terminal:
-        console.width = min(console.width, WIDTH)
-        console.print(content)
-    else:
-        target.write(plain(content))
-        target.flush()
+        console.width = WIDTH
+        with console.capture() as captured:
+            console.print(content)
+        text = _END.sub(lambda end: "\x1b[0m" if "\x1b" in end[0] else "", captured.get())
+    target.write(text)
+    target.flush()
 
 
 def plain(content: RenderableType) -> str:

@@ -56,3 +56,12 @@ def test_ctrl_c_while_the_command_line_is_read_is_one_line(
 
     assert console.main(parse, lambda options, guard: 0, ()) == console.INTERRUPTED
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_who_closes_stdout_gets_no_text_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def speak(guard: Guard) -> int:
+        return sys.stdout.write("nobody hears this") * 0
+
+    monkeypatch.setattr(sys, "stdout", None)
+    assert console.run(speak, debug=False) == 0
+    sys.stdout.close()
