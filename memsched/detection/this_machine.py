@@ -90,28 +90,13 @@ def with_limits(machine: Machine, limits: Mapping[str, int]) -> Machine:
 
     Raises:
         ProgramError: a tier that it has not.
-        DoesNotFitError: a budget too small for anything at all.
     """
     if HOST in limits and machine.device_is_host:
         raise ProgramError(
             f"machine {machine.name!r} computes in main memory: it has no host tier;"
             " limit its device memory instead"
         )
-    limited = machine.with_capacities(limits)
-    # What is spilled may be nothing; everything else must hold at least one array.
-    small = {
-        tier.name: tier.alignment_bytes
-        for tier in limited.tiers
-        if tier.name in limits and tier.name != NVME and tier.capacity_bytes < tier.alignment_bytes
-    }
-    if small:
-        tier = limited.tier(next(iter(small)))
-        raise DoesNotFitError(
-            f"{tier.name} memory of {tier.capacity_bytes:,} B holds no array:"
-            f" the smallest takes {tier.alignment_bytes:,} B",
-            small,
-        )
-    return limited
+    return machine.with_capacities(limits)
 
 
 def plannable(room: Room, tier: str, reserve_bytes: int) -> int:

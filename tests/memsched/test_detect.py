@@ -267,12 +267,6 @@ def test_limits_replace_capacities() -> None:
     assert [tier.capacity_bytes for tier in limited.tiers] == [640, 0]
 
 
-def test_an_impossible_limit_is_refused_with_the_smallest() -> None:
-    with pytest.raises(DoesNotFitError, match="63 B holds no array") as caught:
-        with_limits(MACHINE, {"device": 63})
-    assert caught.value.smallest == {"device": 64}
-
-
 def test_a_limit_of_a_tier_that_is_not_there_is_refused() -> None:
     with pytest.raises(ProgramError, match="computes in main memory"):
         with_limits(MACHINE, {"host": 640})

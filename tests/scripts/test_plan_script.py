@@ -62,16 +62,18 @@ def test_text_and_report_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"  {rate:,.3g} tokens/s" in printed
 
 
+@pytest.mark.parametrize(("size", "nbytes"), [("9KB", "9,000"), ("0", "0")])
 def test_what_does_not_fit_ends_with_3_and_a_budget_that_does(
-    capsys: pytest.CaptureFixture[str],
+    size: str, nbytes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script().main([*COMMON, "--device-memory", "9KB", "--json"]) == 3
+    assert script().main([*COMMON, "--device-memory", size, "--json"]) == 3
     output = capsys.readouterr()
     data = json.loads(output.out.splitlines()[-1])
     assert data["fits"] is False
     least = data["smallest_workable"]["device"]
     cause, advice = output.err.splitlines()
-    assert cause == f"error: this request needs at least {least:,} B of device memory, not 9,000 B"
+    needs = f"this request needs at least {least:,} B of device memory, not {nbytes} B"
+    assert cause == f"error: {needs}"
     assert advice == "raise --device-memory"
     assert script().main([*COMMON, "--device-memory", str(least)]) == 0
 
