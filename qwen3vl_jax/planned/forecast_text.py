@@ -28,7 +28,7 @@ MORE = {
     "bus": "a bus twice as fast",
     "compute": "a processor twice as fast",
 }
-# A gain that would be printed as +0.00 is none.
+# A smaller part of the tokens/s that there are is no gain.
 WORTH_SAYING = 0.005
 # Steps with less workspace are only counted.
 SHOWN_BYTES = 1 << 20
@@ -83,9 +83,9 @@ def _speed(found: Forecast) -> Sequence[RenderableType]:
             text = f"nothing faster than the plain way, {name}, was found"
         lines.append(line(f"  {text}"))
     lines += [
-        line(f"  {MORE[name]}: +{gain:,.2f} tokens/s")
+        line(f"  {MORE[name]}: +{gain:,.3g} tokens/s")
         for name, gain in rate_gains(found).items()
-        if gain >= WORTH_SAYING
+        if gain >= WORTH_SAYING * tokens_per_s(found)
     ]
     return lines
 

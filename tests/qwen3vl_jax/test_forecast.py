@@ -1,5 +1,6 @@
 """Planning from a config.json alone: what is predicted agrees with counts made by hand."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -174,6 +175,17 @@ def test_the_plan_is_no_slower_than_the_plain_ways() -> None:
     assert {"tail spill", "lru", "clock", "adaptive"} <= set(ways)
     seconds = found().summaries["decode"].seconds
     assert all(seconds <= way * 1.02 for way in ways.values() if way is not None)
+
+
+def test_what_more_is_worth_is_said_of_slow_machines_too() -> None:
+    machine = profile("i5-10210u-sm61-nvme").with_capacities({"device": device_bytes()})
+    compute = dataclasses.replace(machine.compute, flops_per_s=1e6, bytes_per_s=1e6)
+    links = tuple(dataclasses.replace(link, bytes_per_s=1e3) for link in machine.links)
+    slow = dataclasses.replace(machine, compute=compute, links=links)
+    here = forecast(config("dense"), slow, Request(20, 7), dtype=FLOAT32)
+    gain = forecast_dict(here)["prices"]["bus"]
+    assert 0 < gain < 0.005
+    assert f"\n  a bus twice as fast: +{gain:.3g} tokens/s\n" in forecast_text(here)
 
 
 def test_what_fits_stays() -> None:
