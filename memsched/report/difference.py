@@ -192,7 +192,7 @@ def _facts(report: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
     said = _table(f"{name}: assumptions", report.get("assumptions", {}))
     for what in FACTS:
         if isinstance(said.get(what), dict):
-            for key, value in said[what].items():
+            for key, value in _table(f"{name}: {what}", said[what]).items():
                 yield f"{what}.{key}", _words(f"{name}: {what}.{key}", value)
         elif what in said:
             yield what, _words(f"{name}: {what}", said[what])
@@ -236,17 +236,25 @@ def _places(report: Mapping[str, Any], name: str) -> Iterator[tuple[str, tuple[i
                 "tier": str() as tier,
                 "why": str() as why,
                 "codec": str() as codec,
-            } if 0 <= nbytes <= LARGEST_BYTES and not isinstance(nbytes, bool):
+            } if (
+                0 <= nbytes <= LARGEST_BYTES
+                and not isinstance(nbytes, bool)
+                and (key + tier + why + codec).isprintable()
+            ):
                 place = tier if codec == "raw" else f"{tier}, {codec}"
                 yield key, (nbytes, f"{why.partition(':')[0]} ({place})")
             case _:
-                wanted = "one with name, nbytes, tier, why and codec"
+                wanted = "one with printable name, nbytes, tier, why and codec"
                 raise _damaged(f"{name}: an array", wanted, array)
 
 
 def _table(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _damaged(where, "an object", value)
+    for key in value:
+        # They are shown, and a terminal obeys some characters.
+        if not key.isprintable():
+            raise _damaged(f"{where}: a name", "printable", key)
     return value
 
 

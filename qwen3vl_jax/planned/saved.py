@@ -151,7 +151,9 @@ def read_object(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(LARGEST_TEXT + 1).decode()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-        raise PlanError(f"{path}: no JSON file; name one that --save-plan has written") from None
+        raise PlanError(
+            f"{path}: no JSON file; name one that --save-plan or --report has written"
+        ) from None
     try:
         return parse(text)
     except PlanError as error:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), NO_COLOR="1", COLUMNS="100")
     # Bold stays; 30 to 49 would be colours.
     assert not any(f"\x1b[{code}" in text or f";{code}m" in text for code in range(30, 50))
+
+
+@pytest.mark.parametrize("width", ["20", "80", "300"])
+def test_a_terminal_of_any_width_shows_every_word_and_digit(
+    width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shown(monkeypatch, Terminal(), COLUMNS=width)
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == to_text({"decode": SUMMARY})
 
 
 def test_a_table_keeps_names_and_numbers_and_ends_no_line_in_blanks() -> None:
@@ -190,11 +199,15 @@ def test_what_solvers_leave_is_no_difference_but_one_byte_is() -> None:
         {"arrays": [{"name": "a"}]},
         {"arrays": [1]},
         {"phases": {"decode": {"link_bytes": {"x": True}}}},
+        {"phases": {"\x1b[2J": {"seconds": 1}}},
+        {"assumptions": {"request": {"\x1b[2J": 1}}},
+        {"arrays": [{"name": "\x1b[2J", "nbytes": 1, "tier": "nvme", "why": "streamed"}]},
     ],
 )
 def test_a_report_that_is_none_is_refused(broken: dict[str, Any]) -> None:
-    with pytest.raises(DamagedError, match=r"^two\.json: .*make the report anew"):
+    with pytest.raises(DamagedError, match=r"^two\.json: .*make the report anew") as caught:
         difference(report(), report() | broken, names=("one.json", "two.json"))
+    assert str(caught.value).isprintable()
     with pytest.raises(DamagedError, match=r"^one\.json: "):
         difference(report() | broken, report(), names=("one.json", "two.json"))
 
