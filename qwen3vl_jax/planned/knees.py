@@ -27,6 +27,9 @@ def knees(sweep: Sweep, points: Sequence[Point]) -> tuple[Knee, ...]:
     if len(fitting) > 1:
         found += _saturation(sweep, fitting) + _first_token(sweep, fitting)
         found += _limits(sweep, fitting)
+        last = fitting[-1].value
+        text = f"up to {value_text(sweep, last)} more of it gives more tokens/s: sweep further"
+        found = found or [Knee(last, text)]
     return tuple(sorted(found, key=lambda knee: knee.value))
 
 

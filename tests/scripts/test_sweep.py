@@ -129,6 +129,10 @@ def test_knees_of_a_curve_made_by_hand() -> None:
     found = knees(counts, [point(1, 1.0), point(2, 2.0), point(3, None)])
     assert [knee.what for knee in found] == ["beyond 2 it is refused"]
     assert [knee.what for knee in knees(counts, [point(1, None)])] == ["all of them are refused"]
+    rising = knees(counts, [point(1, 1.0), point(2, 2.0)])
+    assert [knee.what for knee in rising] == [
+        "up to 2 more of it gives more tokens/s: sweep further"
+    ]
     flat = knees(counts, [point(1, 1.0), point(2, 1.0)])
     assert [knee.what for knee in flat] == ["more of it gives no more tokens/s"]
 
