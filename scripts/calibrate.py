@@ -64,7 +64,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:60]} is not a number") from None
     if not 0.05 <= minutes <= 600:
         raise argparse.ArgumentTypeError(f"{text} is not from 0.05 to 600")
     return minutes

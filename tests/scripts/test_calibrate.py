@@ -399,7 +399,7 @@ def _no_room(*paths: Path) -> None:
     ("arguments", "code", "says"),
     [
         (("--minutes", "0"), 2, "not from 0.05"),
-        (("--minutes", "soon"), 2, "soon"),
+        (("--minutes", "soon"), 2, "soon is not a number"),
         (("--nvme-dir", "/nowhere"), 5, "/nowhere"),
         (("--from-runs", "--out", "/nowhere/a.toml"), 2, "/nowhere/a.toml"),
         (("--from-runs", "--evaluate"), 2, "leave out --evaluate"),
