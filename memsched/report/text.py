@@ -73,7 +73,7 @@ def _time(summary: Summary, tokens: int | None) -> list[RenderableType]:
     took = f"  {what} takes {seconds_text(summary.seconds)}"
     if tokens and summary.seconds:
         many = "1 token" if tokens == 1 else f"{tokens:,} tokens"
-        took += f", {many} of it: {tokens / summary.seconds:,.3g} tokens/s"
+        took += f", {many} of it: {number_text(tokens / summary.seconds)} tokens/s"
     return [line(took), line("  " + bound_text(summary))]
 
 
@@ -160,5 +160,10 @@ def seconds_text(seconds: float) -> str:
     """Seconds with a unit that keeps three digits readable."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if abs(seconds) >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
-    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
+            return f"{number_text(seconds / scale)} {unit}"
+    return f"{number_text(seconds * 1e9)} ns" if seconds else "0 s"
+
+
+def number_text(number: float) -> str:
+    """Three digits, or from a hundred on a whole number: nobody reads 1.2e+03."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memsched.report.rendering import Group, RenderableType, columns, line
-from memsched.report.text import seconds_text
+from memsched.report.text import number_text, seconds_text
 from qwen3vl_jax.planned.sweep import Point
 
 MOST_ROWS = 1024
@@ -18,7 +18,6 @@ WORTH_DOUBLING, MOST_DULL = 1.01, 2
 # In the end neighbours of the best are so near to it, in shares of its rows.
 NEAR = 16
 COMPUTE, MEMORY = "compute", "memory"
-WHOLE_RATE = 100.0  # tokens/s from here on are shown without decimals
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,9 +123,8 @@ def _row(point: Point) -> tuple[str, ...]:
     rate, first_s = point.tokens_per_s, point.first_token_s
     if rate is None or first_s is None:
         return f"{point.value:,}", "-", "-", "-", "-", "does not fit"
-    rate_text = f"{rate:,.0f}" if rate >= WHOLE_RATE else f"{rate:.3g}"
-    times = seconds_text(point.value / rate), seconds_text(first_s)
-    return f"{point.value:,}", rate_text, *times, f"{point.needed_bytes:,}", point.limited_by
+    speed = number_text(rate), seconds_text(point.value / rate), seconds_text(first_s)
+    return f"{point.value:,}", *speed, f"{point.needed_bytes:,}", point.limited_by
 
 
 def batches_dict(found: Batches) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from memsched.cost.learned import describe
 from memsched.report.rendering import Group, RenderableType, columns, line, plain
-from memsched.report.text import bound_text, seconds_text, view
+from memsched.report.text import bound_text, number_text, seconds_text, view
 from memsched.sizes import LARGEST_BYTES
 from qwen3vl_jax.planned.forecast import Forecast
 from qwen3vl_jax.planned.forecast_data import (
@@ -71,7 +71,7 @@ def _speed(found: Forecast) -> Sequence[RenderableType]:
     decode = found.summaries["decode"]
     known = {name: seconds for name, seconds in decode.baselines.items() if seconds is not None}
     lines = [
-        line(f"  {tokens_per_s(found):,.3g} tokens/s", "bold green"),
+        line(f"  {number_text(tokens_per_s(found))} tokens/s", "bold green"),
         line(f"  the first token after {seconds_text(first_token_seconds(found))}"),
         line(f"  a token: {bound_text(decode)}"),
     ]
@@ -83,7 +83,7 @@ def _speed(found: Forecast) -> Sequence[RenderableType]:
             text = f"nothing faster than the plain way, {name}, was found"
         lines.append(line(f"  {text}"))
     lines += [
-        line(f"  {MORE[name]}: +{gain:,.3g} tokens/s")
+        line(f"  {MORE[name]}: +{number_text(gain)} tokens/s")
         for name, gain in rate_gains(found).items()
         if gain >= WORTH_SAYING * tokens_per_s(found)
     ]

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from memsched.report.text import seconds_text
+from memsched.report.text import number_text, seconds_text
 from qwen3vl_jax.planned.sweep import TIERS, Point, Sweep
 
 # As fast as the best one, and nearly so.
@@ -39,7 +39,7 @@ def value_text(sweep: Sweep, value: int | float) -> str:
         return f"{value:,.0f}"
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}{sweep.unit[1:]}"
+            return f"{number_text(value / scale)} {unit}{sweep.unit[1:]}"
     return f"{value:,.0f} {sweep.unit}"
 
 

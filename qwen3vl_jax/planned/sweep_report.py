@@ -10,7 +10,7 @@ from typing import Any
 
 from memsched.report.line_plot import Curve, plot_svg
 from memsched.report.rendering import Group, RenderableType, columns, line, plain
-from memsched.report.text import seconds_text
+from memsched.report.text import number_text, seconds_text
 from memsched.whole_file import write_whole
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.knees import Knee, knees, value_text
@@ -106,7 +106,7 @@ def _rows(sweep: Sweep, points: Sequence[Point]) -> list[tuple[str, ...]]:
             rows.append((where, "-", "-", "-", point.refused.partition(";")[0]))
             continue
         first = seconds_text(point.first_token_s)
-        rate, read = f"{point.tokens_per_s:,.3g}", f"{point.read_bytes:,} B"
+        rate, read = number_text(point.tokens_per_s), f"{point.read_bytes:,} B"
         rows.append((where, rate, first, read, point.limited_by))
     return rows
 

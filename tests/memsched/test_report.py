@@ -371,6 +371,7 @@ def test_prediction_and_measurement_stand_side_by_side() -> None:
         (2e-9, "2 ns"),
         (1.5e-5, "15 us"),
         (0.25, "250 ms"),
+        (0.9997, "1,000 ms"),
         (3.14159, "3.14 s"),
         (12345.6, "12,346 s"),
     ],
