@@ -98,6 +98,17 @@ def group_rows(count: int, choices: int, experts: int) -> int:
     return min(count, max(SMALLEST_GROUP, min(1 << (average - 1).bit_length(), LARGEST_GROUP)))
 
 
+def expected_groups(routing: Routing, some: int) -> float:
+    """About how many groups go through so many of the experts, all being chosen alike.
+
+    The last group of an expert is half full. At least one: beside reads, steps whose experts
+    nobody chose take 0.28 ms where others take 0.4.
+    """
+    assignments, experts = routing.row_of.shape[0] - routing.group, routing.counts.shape[0]
+    groups = min(assignments, assignments / routing.group + experts / 2)
+    return max(1.0, some / experts * groups)
+
+
 def assign(
     rows: Float[Array, "R H"],
     shares: Float[Array, "R C"],
@@ -151,6 +162,8 @@ def add_experts(
         part = cut(jax.lax.switch(index - first, experts, cut(routing.rows[where])))
         return total.at[where].add(part * share[:, None])
 
-    return jax.lax.fori_loop(
-        groups_until[first] - groups[first], groups_until[last], add_group, total
-    )
+    # No shape says how often it runs: this name tells whoever reads the jaxpr.
+    with jax.named_scope(f"repeats={expected_groups(routing, len(experts)):.4f}"):
+        return jax.lax.fori_loop(
+            groups_until[first] - groups[first], groups_until[last], add_group, total
+        )

@@ -2,6 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
+from memsched.cost.features import run_features
 from memsched.errors import ProgramError
 from memsched.machine import Machine
 from memsched.plan import Action, Copy, Free, Run
@@ -18,7 +19,10 @@ class CostModel(Protocol):
 
 
 class Roofline:
-    """A step takes the longer of computing and touching its arrays; a copy latency plus bytes."""
+    """A step takes the longer of computing and touching its arrays; a copy latency plus bytes.
+
+    Of weights, those that its flops can have touched.
+    """
 
     def seconds(self, action: Action, program: Program, machine: Machine) -> float:
         """Seconds of one action.
@@ -29,8 +33,8 @@ class Roofline:
         match action:
             case Run(step=name):
                 step, compute = program.step(name), machine.compute
-                touched = (*step.reads, *step.writes, *step.updates)
-                nbytes = sum(program.arrays[array].nbytes for array in touched)
+                features = run_features(step, program)
+                nbytes = features.weight_bytes + features.cache_bytes + features.value_bytes
                 flop_s = step.flops / compute.flops_per_s
                 return compute.latency_s + max(flop_s, nbytes / compute.bytes_per_s)
             case Copy(array=array, source=source, target=target):

@@ -11,6 +11,7 @@ from three rules, read off its output for the steps that matter and tested again
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.extend.core as jex
@@ -26,6 +27,7 @@ from memsched.tracing.materialised import (
     rows,
 )
 
+REPEATS = re.compile(r"repeats=(\d+(?:\.\d+)?)")
 # Beside the bytes of temporaries: gaps between them, and operands that products pack.
 MARGIN_SHARE, MARGIN_BYTES = 8, 12 << 20
 
@@ -33,7 +35,8 @@ MARGIN_SHARE, MARGIN_BYTES = 8, 12 << 20
 def flops(jaxpr: jex.Jaxpr) -> int:
     """Multiplications and additions of all products and convolutions.
 
-    Of branches the largest counts; a loop of unknown length counts once.
+    Of branches the largest counts. A loop of unknown length counts as often as its author expects
+    it to run, who says so by `with jax.named_scope("repeats=2.5"):` around it, or else once.
     """
     return sum(_flops(equation) for equation in jaxpr.eqns)
 
@@ -56,10 +59,16 @@ def _flops(equation: jex.JaxprEqn) -> int:
         case "scan":
             return int(params["length"]) * flops(params["jaxpr"].jaxpr)
         case "while":
-            return flops(params["body_jaxpr"].jaxpr)
+            return round(_repeats(equation) * flops(params["body_jaxpr"].jaxpr))
         case "cond":
             return max(flops(branch.jaxpr) for branch in params["branches"])
     return 0
+
+
+def _repeats(equation: jex.JaxprEqn) -> float:
+    """What the innermost scope that is named so says of a loop."""
+    found = REPEATS.findall(str(equation.source_info.name_stack))
+    return float(found[-1]) if found else 1.0
 
 
 def workspace_bytes(jaxpr: jex.Jaxpr, *, platform: str | None = None) -> int:

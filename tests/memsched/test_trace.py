@@ -83,6 +83,19 @@ def test_each_jitted_call_is_a_step_and_equal_layers_share_a_kernel() -> None:
     assert [step.flops for step in program.steps] == [2 * 2 * 4 * 4] * 3
 
 
+@pytest.mark.parametrize(("scope", "times"), [("repeats=2.5", 2.5), ("repeats", 1), ("a", 1)])
+def test_a_loop_of_unknown_length_counts_as_often_as_its_author_says(
+    scope: str, times: float
+) -> None:
+    @jax.jit
+    def loop(matrix: jax.Array, x: jax.Array, count: jax.Array) -> jax.Array:
+        with jax.named_scope(scope):
+            return jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(x @ matrix), x)
+
+    program, _ = trace(loop, SQUARE, ROWS, S((), jnp.int32))
+    assert program.steps[0].flops == times * 2 * 2 * 4 * 4
+
+
 def test_the_steps_one_after_another_give_the_bits_of_the_function() -> None:
     program, kernels = trace(network, shapes(5), ROWS)
     given = random_like(program)

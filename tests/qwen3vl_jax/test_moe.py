@@ -7,7 +7,7 @@ from flax import nnx
 from tiny import DATA
 
 from qwen3vl_jax.config import load_config
-from qwen3vl_jax.moe import Expert, add_experts, assign, choose, group_rows
+from qwen3vl_jax.moe import Expert, add_experts, assign, choose, expected_groups, group_rows
 
 EXPERTS = 8
 
@@ -69,3 +69,16 @@ def test_a_group_is_what_an_expert_gets_on_average(
     rows: int, choices: int, experts: int, wanted: int
 ) -> None:
     assert group_rows(rows, choices, experts) == wanted
+
+
+@pytest.mark.parametrize(("count", "some"), [(1, 32), (4, 32), (64, 32), (300, 32), (64, 8)])
+def test_as_many_groups_are_expected_as_random_choices_make(count: int, some: int) -> None:
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(50):
+        chosen = np.argsort(rng.random((count, 32)), axis=1)[:, :8].astype(np.int32)
+        routing = assign(jnp.zeros((count, 1)), jnp.ones((count, 8)), jnp.asarray(chosen), 32)
+        each = np.bincount(chosen.reshape(-1), minlength=32)[:some]
+        made.append(np.ceil(each / routing.group).sum())
+    # Half a group too many for each expert at most.
+    assert expected_groups(routing, some) == pytest.approx(np.mean(made), rel=0.25)
