@@ -79,6 +79,18 @@ def pieces(stored: StoredArray, most_bytes: int) -> Iterator[tuple[int, Block]]:
         start += block.used_bytes
 
 
+def requests(block: Block, most_bytes: int) -> list[tuple[int, int]]:
+    """Where requests of one block begin and end in its file: of `most_bytes` each, all but the last.
+
+    A block that is a little larger, by its checksum, is still one request.
+    """
+    lows = range(block.offset, block.stop, most_bytes)
+    found = [(low, min(block.stop, low + most_bytes)) for low in lows]
+    if len(found) > 1 and block.stop - lows[-2] <= most_bytes + CHECKSUM_BYTES:
+        return [*found[:-2], (lows[-2], block.stop)]
+    return found
+
+
 def check_target(name: str, nbytes: int, target: Bytes) -> None:
     """Whether array `name` can be read into `target`.
 

@@ -9,6 +9,7 @@ import functools
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -22,16 +23,20 @@ from memsched.stores.blocks import (
     StoredArray,
     check_target,
     pieces,
+    requests,
 )
 from memsched.stores.buffers import Buffers
 from memsched.stores.direct import DirectFile, EndOfFileError, fetch, open_direct
-from memsched.stores.workers import Workers
+from memsched.stores.workers import Job, Workers
 
 Identity = tuple[int, int, int, int]
 
 
 class Reader:
-    """Threads that read, first in, first out: at most `queue_depth` blocks at a time.
+    """Threads that read, first in, first out: at most `queue_depth` requests at a time.
+
+    None is larger than `block_bytes` and a checksum. What is checked as a whole but larger is read
+    in several, and checked by whichever ends last.
 
     `read_bytes` is what the system moved, `cached_bytes` the part of it that went through the page
     cache because the file system has no O_DIRECT. It takes at most `most_bytes` of memory.
@@ -90,10 +95,9 @@ class Reader:
         check_target(name, stored.nbytes, target)
         return self._workers.submit(
             [
-                functools.partial(
-                    self._read_block, name, block, target[start : start + block.used_bytes]
-                )
+                job
                 for start, block in pieces(stored, self._block_bytes)
+                for job in self._jobs(name, block, target[start : start + block.used_bytes])
             ]
         )
 
@@ -101,12 +105,22 @@ class Reader:
         """End all threads; reads that have not begun fail."""
         self._workers.close()
 
-    def _read_block(self, name: str, block: Block, target: Bytes) -> None:
+    def _jobs(self, name: str, block: Block, target: Bytes) -> Iterator[Job]:
+        """The requests of a block."""
+        found = requests(block, self._block_bytes)
+        whole = _Whole(len(found))
+        for low, high in found:
+            yield functools.partial(self._read_part, name, block, target, low, high, whole)
+
+    def _read_part(
+        self, name: str, block: Block, target: Bytes, low: int, high: int, whole: "_Whole"
+    ) -> None:
+        part = target[low - block.offset : high - block.offset]
         try:
             file = open_direct(block.path, os.O_RDONLY)
             try:
                 self._check_identity(name, block, file.status)
-                rest = self._fill(block, file, target)
+                rest = self._fetch(file, low, high, part)
                 if not block.crc32c:
                     # Nothing else would tell that it changed under our hands.
                     self._check_identity(name, block, os.fstat(file.descriptor))
@@ -118,25 +132,16 @@ class Reader:
             raise
         except OSError as error:
             raise _explained(error, name, block.path) from None
-        if block.crc32c:
-            _check_sum(name, block, target, rest)
+        if whole.is_last(low, rest) and block.crc32c:
+            _check_sum(name, block, target, whole.rest)
 
-    def _fill(self, block: Block, file: DirectFile, target: Bytes) -> bytes:
-        """Read the whole block; return what follows its used part."""
-        rest = []
-        low, stop = block.offset, block.stop
-        while low < stop:
-            # A block that is a little larger than planned, by its checksum, is still one read.
-            most = self._block_bytes + CHECKSUM_BYTES
-            high = stop if stop - low <= most else low + self._block_bytes
-            inside = slice(low - block.offset, high - block.offset)
-            more, moved = fetch(file, low, high, target[inside], self._buffers)
-            rest.append(more)
-            with self._lock:
-                self.read_bytes += moved
-                self.cached_bytes += 0 if file.direct else moved
-            low = high
-        return b"".join(rest)
+    def _fetch(self, file: DirectFile, low: int, high: int, part: Bytes) -> bytes:
+        """One request; what follows the used bytes of its block."""
+        rest, moved = fetch(file, low, high, part, self._buffers)
+        with self._lock:
+            self.read_bytes += moved
+            self.cached_bytes += 0 if file.direct else moved
+        return rest
 
     def _check_identity(self, name: str, block: Block, status: os.stat_result) -> None:
         found = _identity(name, block.path, status)
@@ -145,6 +150,26 @@ class Reader:
                 f"array {name!r}: {block.path} is not the file that was opened, or was written "
                 "since: its inode, size or time of change differs; start again"
             )
+
+
+class _Whole:
+    """A block of which several requests may be under way, ending in any order."""
+
+    def __init__(self, requests: int) -> None:
+        self._rests: dict[int, bytes] = {}
+        self._requests = requests
+        self._lock = threading.Lock()
+
+    def is_last(self, low: int, rest: bytes) -> bool:
+        """Notes what a request that began at `low` read behind the used bytes."""
+        with self._lock:
+            self._rests[low] = rest
+            return len(self._rests) == self._requests
+
+    @property
+    def rest(self) -> bytes:
+        """All of that, in order."""
+        return b"".join(self._rests[low] for low in sorted(self._rests))
 
 
 def _identity(name: str, path: Path, status: os.stat_result) -> Identity:

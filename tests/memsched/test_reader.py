@@ -248,6 +248,31 @@ def test_a_read_error_names_array_and_file_and_later_reads_work(
     assert read(reader, stored) == wanted
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_requests_of_one_chunk_are_under_way_together_and_it_is_checked_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    stored, wanted = stored_in_chunks(tmp_path, [3 * 4096])
+    together = threading.Barrier(3)
+
+    def waiting(real: Any, descriptor: int, parts: list[np.ndarray], offset: int) -> int:
+        together.wait(WAIT_S)
+        return int(real(descriptor, parts, offset))
+
+    if damaged:
+        path = stored.blocks[0].path
+        found = path.read_bytes()
+        path.write_bytes(bytes([found[0] ^ 1]) + found[1:])
+    preadv_that(monkeypatch, waiting)
+    reader = Reader(3, block_bytes=4096)
+    if damaged:
+        with pytest.raises(DamagedError, match="is damaged"):
+            read(reader, stored)
+    else:
+        assert read(reader, stored) == wanted
+    reader.close()
+
+
 def test_after_an_error_the_rest_of_the_array_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
