@@ -80,7 +80,7 @@ def pieces(stored: StoredArray, most_bytes: int) -> Iterator[tuple[int, Block]]:
 
 
 def requests(block: Block, most_bytes: int) -> list[tuple[int, int]]:
-    """Where requests of one block begin and end in its file: of `most_bytes` each, all but the last.
+    """Where requests of one block begin and end in its file, of `most_bytes` each but the last.
 
     A block that is a little larger, by its checksum, is still one request.
     """
