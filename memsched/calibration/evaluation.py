@@ -30,9 +30,10 @@ Rounds = Mapping[str, Sequence[Measured]]
 class Score:
     """Errors of one class of cases: of all medians in each round.
 
-    `noise` and `worst_noise` are those of predicting by the round before. `covered` is the part of
-    single measurements below the 90 % quantile. None is what nothing says: in one round there is no
-    noise, and of a link that nothing was fitted to no error.
+    `noise` and `worst_noise` are those of predicting by the round before. `worst_case` is the worst
+    error of the medians over all rounds of each case. `covered` is the part of single measurements
+    below the 90 % quantile. None is what nothing says: in one round there is no noise, and of a
+    link that nothing was fitted to no error.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Score:
     worst: float | None
     noise: float | None
     worst_noise: float | None
+    worst_case: float | None
     covered: float
 
 
@@ -87,6 +89,11 @@ class _Sample:
     def predicted_s(self) -> float:
         """The median."""
         return statistics.median(one.predicted_s for one in self.singles)
+
+    @property
+    def error(self) -> float:
+        """Of the one by the other."""
+        return abs(self.predicted_s / self.measured_s - 1.0)
 
 
 def scores(trials: Sequence[Trial], rounds: Rounds, cost: LearnedCost) -> tuple[Score, ...]:
@@ -177,11 +184,13 @@ def _pass(trial: Trial, measured: Measured, cost: LearnedCost, high: LearnedCost
 
 def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
     earlier: dict[tuple[object, ...], float] = {}
+    cases: dict[tuple[object, ...], list[_Single]] = {}
     errors, noise, covered = [], [], []
     for samples in rounds:
         for one in samples:
             middle = one.measured_s
-            errors.append(abs(one.predicted_s / middle - 1.0))
+            errors.append(one.error)
+            cases.setdefault(one.key, []).extend(one.singles)
             covered += [single.measured_s <= single.high_s for single in one.singles]
             if one.key in earlier:
                 noise.append(abs(earlier[one.key] / middle - 1.0))
@@ -193,6 +202,7 @@ def _score(what: str, rounds: Iterable[Sequence[_Sample]]) -> Score:
         _finite(max(errors)),
         statistics.median(noise) if noise else None,
         max(noise, default=None),
+        _finite(max(_Sample(key, tuple(some)).error for key, some in cases.items())),
         statistics.fmean(covered),
     )
 
@@ -202,12 +212,12 @@ def _finite(number: float) -> float | None:
 
 
 def scores_text(found: Sequence[Score]) -> str:
-    """A table."""
-    heads = f"{'median':>9}{'noise':>9}{'worst':>9}{'noise':>9}{'below p90':>11}"
+    """A table: the worst in a single round, and the worst of the medians over all rounds."""
+    heads = f"{'median':>9}{'noise':>9}{'worst':>9}{'noise':>9}{'all rounds':>12}{'below p90':>11}"
     rows = [f"{'held out':<14}{'cases':>7}{heads}"]
     rows += [
         f"{one.what:<14}{one.cases:>7}{_part(one.median)}{_part(one.noise)}{_part(one.worst)}"
-        f"{_part(one.worst_noise)}{one.covered:>11.1%}"
+        f"{_part(one.worst_noise)}   {_part(one.worst_case)}{one.covered:>11.1%}"
         for one in found
     ]
     return "\n".join(rows) + "\n"

@@ -1,12 +1,11 @@
 """Coefficients of each link that was measured.
 
 Margins are quantiles of what the coefficients leave over: four numbers fitted to hundreds of
-transfers do not fit their noise. Rows of transfers weigh as they do in the fit: small ones vary by
-a factor, and are most of what small models say.
+transfers do not fit their noise. Each program counts the same; within one, rows of transfers weigh
+as they do in the fit: small ones vary by a factor, and are most of what small models say.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -68,7 +67,7 @@ def _fit(
 
     found: jax.Array = jax.jit(lambda: descend(loss, start))()
     left = np.asarray(log_s - _log_seconds(found, data))
-    weights = _shares(observations) * np.asarray(size)
+    weights = _shares(observations, np.asarray(size))
     latency_s, block_s, rate, excess = (math.exp(float(one)) for one in found)
     margins = {
         str(quantile): max(1.0, math.exp(weighted_quantile(left, weights, quantile)))
@@ -77,10 +76,13 @@ def _fit(
     return LinkCoefficients(link.bytes_per_s, latency_s, block_s, rate, 1.0 + excess, margins)
 
 
-def _shares(observations: Sequence[CopyObservation]) -> np.ndarray:
-    """Weights by which each program counts the same."""
-    counts = Counter(one.case for one in observations)
-    return np.array([1.0 / counts[one.case] for one in observations])
+def _shares(observations: Sequence[CopyObservation], sizes: np.ndarray) -> np.ndarray:
+    """Weights by which each program counts the same, and in it each row by its size."""
+    whole: dict[str, float] = {}
+    for one, size in zip(observations, sizes, strict=True):
+        whole[one.case] = whole.get(one.case, 0.0) + float(size)
+    shares: np.ndarray = sizes / np.array([whole[one.case] for one in observations])
+    return shares
 
 
 def _log_seconds(parameters: jax.Array, data: Columns) -> jax.Array:

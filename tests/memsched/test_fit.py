@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from programs import tiny_machine
 
 from memsched.calibration.fit import fit
+from memsched.calibration.fit_links import fit_links
 from memsched.cost.coefficients import Coefficients
 from memsched.cost.features import RunFeatures
 from memsched.cost.learned import LearnedCost
@@ -150,6 +152,21 @@ def test_a_wider_spread_gives_wider_margins(machine: Machine, fitted: Coefficien
     # Of a lognormal with sigma 0.3, the 90 % quantile is 1.28 sigma up.
     assert noisy == pytest.approx(1.28 * 0.3, rel=0.25)
     assert np.mean(fitted.margins["0.9"]) < noisy / 2
+
+
+def test_of_links_each_program_counts_the_same_for_the_margin(machine: Machine) -> None:
+    def rows(case: str, nbytes: int, factors: Sequence[float]) -> list[CopyObservation]:
+        name = "nvme->device"
+        return [
+            CopyObservation(case, name, 1, 1, nbytes, 0.0, factor * nbytes / 1e9)
+            for factor in factors
+        ]
+
+    # Three quarters of the small ones take their time, a quarter twice that: an eighth of all.
+    small = rows("small", 100_000, [0.5, 1.0, 1.0, 2.0] * 5)
+    large = rows("large", 10_000_000, [1.0] * 40)
+    (link,) = fit_links([*small, *large], machine, (0.9,)).values()
+    assert link.margins["0.9"] == pytest.approx(2.0, rel=0.15)
 
 
 def test_equal_observations_give_equal_models(machine: Machine, fitted: Coefficients) -> None:
