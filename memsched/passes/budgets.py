@@ -1,6 +1,6 @@
 """How a tier is divided between weights and everything else, and the least that would do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, HOST, NVME
@@ -58,7 +58,7 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
         if found is not None:
             return found
     best: Found | None = None
-    rooms = []
+    rooms, plain_ones = [], []
     for budget in _divisions(needs, budgets):
         try:
             values = _values(needs, budgets, budget)
@@ -70,24 +70,25 @@ def fastest(needs: Needs, *, repeat: bool, others_bytes: int = 0, effort: Effort
         weights_bytes = capacity - values.device_bytes
         host_bytes = host_room(needs, values)
         weights_room = read_room(needs, weights_bytes, host_bytes, repeat=repeat)
-        found = search(needs, values, weights_room, effort)
+        plain = tail_spill(needs, values, weights_room, effort)
+        found = search(needs, plain, values, weights_room, effort)
         if found is not None:
             found = refined(needs, found, weights_bytes, repeat=repeat)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
         rooms.append((values, weights_room))
+        plain_ones.append(plain)
     if best is None:
         raise _refusal(needs, smallest_bytes(needs, budgets))
     best = _improved(needs, best, repeat=repeat, effort=effort)
     best = reordered(needs, best, rooms, effort.orders)
-    return best if needs.judge is None else _or_plain(needs, best, repeat=repeat, effort=effort)
+    return best if needs.judge is None else _or_plain(needs, best, plain_ones)
 
 
-def _or_plain(needs: Needs, best: Found, *, repeat: bool, effort: Effort) -> Found:
+def _or_plain(needs: Needs, best: Found, plain_ones: Iterable[Found | None]) -> Found:
     """The plain way in its place, if it is faster by who predicts plans in the end."""
-    room = needs.device_capacity_bytes - best.values.device_bytes
-    weights_room = read_room(needs, room, host_room(needs, best.values), repeat=repeat)
-    plain = tail_spill(needs, best.values, weights_room, effort)
+    alike = (one for one in plain_ones if one is not None and one.values is best.values)
+    plain = next(alike, None)
     if plain is None or needs.seconds(plain.plan) >= needs.seconds(best.plan):
         return best
     return plain

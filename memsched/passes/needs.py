@@ -160,7 +160,7 @@ def _check_sizes(needs: Needs) -> None:
                 # What is no weight grows with what is asked.
                 smaller = "split it into row blocks"
                 if array.kind != "weight":
-                    smaller = "lower the batch (--batch) or the context"
+                    smaller = "lower the batch or the context"
                 raise ProgramError(
                     f"array {name!r} has {array.nbytes:,} B, tier {tier.name!r} takes at most "
                     f"{tier.max_array_bytes:,} B in one array; {smaller}"

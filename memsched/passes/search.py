@@ -77,19 +77,19 @@ def tail_spill(needs: Needs, values: Values, room: Room, effort: Effort) -> Foun
     return _tried(needs, values, room, ("tail",), smallest, effort.tail)
 
 
-def search(needs: Needs, values: Values, room: Room, effort: Effort) -> Found | None:
+def search(
+    needs: Needs, plain: Found | None, values: Values, room: Room, effort: Effort
+) -> Found | None:
     """The fastest plan whose weights keep to their room, or None if there is none.
-
-    It is no slower than `tail_spill`, which is tried first.
 
     Args:
         needs: the program and its machine.
+        plain: what `tail_spill` found; the result is no slower.
         values: the actions of everything else.
         room: what weights may take, and whether the plan follows itself.
         effort: how much is tried.
     """
-    best = tail_spill(needs, values, room, effort)
-    return _tried(needs, values, room, ("time", "bytes"), best, effort.search)
+    return _tried(needs, values, room, ("time", "bytes"), plain, effort.search)
 
 
 def _tried(

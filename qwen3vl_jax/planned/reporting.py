@@ -96,7 +96,7 @@ class PlanReport:
         """A trace for Perfetto and chrome://tracing, as JSON text."""
         from memsched.report.perfetto import perfetto
 
-        summaries = self._summaries()
+        summaries = self._summaries(other_ways_too=False)  # a trace does not show them
         if not summaries:
             return perfetto(forecast_chapters(self._forecast()))
         return perfetto(self._chapters(summaries))
@@ -116,13 +116,13 @@ class PlanReport:
             plan_seconds=runner.plan_seconds,
         )
 
-    def _summaries(self) -> dict[str, Summary]:
+    def _summaries(self, *, other_ways_too: bool = True) -> dict[str, Summary]:
         """Of every plan; that of the answer comes last, with what plainer ways would take."""
         runner, found = self.runner, {}
         for name, planned in sorted(runner.plans.items(), key=lambda item: item[0] == ANSWER):
             traced = planned.traced
             others: Mapping[str, float | None] = {}
-            if name == ANSWER:
+            if name == ANSWER and other_ways_too:
                 others = other_ways(traced, runner.machine, self.cost, runner.plan_seconds)
             found[name] = summarize(planned.plan, traced.program, runner.machine, self.cost, others)
         return {name: with_codecs(summary, runner.encodings) for name, summary in found.items()}

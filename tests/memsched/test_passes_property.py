@@ -61,7 +61,7 @@ def started(needs: Needs) -> Case:
 
 
 def searched(case: Case) -> tuple[Plan, Plan]:
-    found = search(case.needs, case.found.values, case.room, LITTLE)
+    found = search(case.needs, case.found, case.found.values, case.room, LITTLE)
     assert found is not None
     return case.found.plan, found.plan
 
