@@ -274,7 +274,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from qwen3vl_jax.parameters import named_dtype
     from qwen3vl_jax.planned import sweep_report
     from qwen3vl_jax.planned.dry_run import check_reports, planned_machine
-    from qwen3vl_jax.planned.loading import Budgets, cost_model
+    from qwen3vl_jax.planned.loading import Budgets
     from qwen3vl_jax.planned.sweep import parse_sweep, run_sweep
 
     sweep = parse_sweep(options.sweep, options.points)
@@ -284,8 +284,7 @@ def _sweep(options: argparse.Namespace) -> int:
     config, encodings = described(options.model)
     dtype = named_dtype(options.dtype or config.dtype)
     budgets = Budgets(**budget_arguments(options))
-    machine = planned_machine(budgets)
-    cost = cost_model(budgets, machine)
+    machine, cost = planned_machine(budgets)
     points = run_sweep(
         sweep,
         config,

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from memsched.calibration.resident import PROCESS_BYTES
 from memsched.calibration.spills import leads_out
 from memsched.calibration.trials import Measured, Trial, observations
 from memsched.cost.coefficients import stretched
@@ -21,8 +22,6 @@ from memsched.referee import verify
 QUANTILE = 0.9
 # A step is small that takes less than this part of its pass: hardly more than its dispatch.
 SMALL = 0.01
-# What reading takes beside a plan, and what the heap keeps of a step.
-PROCESS_BYTES = 34_000_000
 Rounds = Mapping[str, Sequence[Measured]]
 
 

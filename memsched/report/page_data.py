@@ -87,6 +87,7 @@ def _chapter(chapter: Chapter, texts: _Texts, chapters: int) -> dict[str, Any]:
         "bound_s": summary.bound.seconds,
         "bound_by": summary.bound.lane,
         "gap": summary.gap,
+        "contended": summary.contended,
         "steps": summary.steps,
         "runs": summary.runs,
         "actions": summary.actions,

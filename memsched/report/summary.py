@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from memsched.cost import CostModel, is_steady, lane_of, plan_seconds
+from memsched.cost.contention import Contending
 from memsched.cost.learned import at_quantile
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.plan import Copy, Plan, Run
@@ -58,7 +59,8 @@ class Summary:
     `seconds` is one pass of a plan that can follow itself (`repeated`), else the whole plan;
     `seconds_p90` are enough nine of ten times, None where the cost model knows no quantiles.
     `baselines` are predictions for other ways, None where one does not fit. `prices` are
-    None of a plan that cannot follow itself.
+    None of a plan that cannot follow itself. `contended` says that steps and copies slow each other
+    down in these seconds; in those of the bound they never do.
     """
 
     steps: int
@@ -73,6 +75,7 @@ class Summary:
     arrays: tuple[ArrayUse, ...]
     baselines: Mapping[str, float | None]
     prices: Prices | None
+    contended: bool
 
     @property
     def gap(self) -> float | None:
@@ -119,6 +122,7 @@ def summarize(
         arrays=_arrays(plan, program, machine, fullest[DEVICE]),
         baselines=dict(baselines or {}),
         prices=prices,
+        contended=isinstance(cost, Contending),
     )
 
 

@@ -82,7 +82,8 @@ def bound_text(summary: Summary) -> str:
     text = f"no schedule beats {seconds_text(summary.bound.seconds)} ({summary.bound.lane})"
     if summary.gap is None:
         return text
-    return f"{text}: this one takes {summary.gap:.1%} more"
+    aside = ", contention aside" if summary.contended else ""
+    return f"{text}{aside}: this one takes {summary.gap:.1%} more"
 
 
 def _tiers(found: Iterable[Occupancy]) -> RenderableType:

@@ -9,6 +9,7 @@ from memsched.report.chapter import Chapter, Cover
 from memsched.report.timeline import usual_spans
 from qwen3vl_jax.planned.forecast import Forecast
 from qwen3vl_jax.planned.forecast_data import (
+    BESIDE_THE_PLAN,
     first_token_seconds,
     forecast_assumptions,
     request_seconds,
@@ -90,5 +91,5 @@ def run_cover(runner: PlannedRunner, cost: CostModel) -> Cover:
     return Cover(
         title=f"{runner.config.model_type}, {runner.dtype.name}, on {runner.machine.name}",
         lines=("after a run; measured are the newest passes",),
-        assumptions={"seconds": describe(cost)},
+        assumptions={"seconds": describe(cost), "beside the plan": BESIDE_THE_PLAN},
     )

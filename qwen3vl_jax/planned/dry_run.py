@@ -33,7 +33,7 @@ from qwen3vl_jax.planned.choosing import Chosen, candidates
 from qwen3vl_jax.planned.forecast import Forecast, explained, forecast
 from qwen3vl_jax.planned.forecast_data import assumptions, forecast_dict, refusal_dict
 from qwen3vl_jax.planned.forecast_text import forecast_view
-from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
+from qwen3vl_jax.planned.loading import Budgets, machine_and_cost
 from qwen3vl_jax.planned.reporting import PlanReport
 from qwen3vl_jax.planned.request import Request, request_of
 from qwen3vl_jax.planned.runner import PlannedRunner
@@ -73,8 +73,9 @@ def dry_run(
         UsageError: a request or a budget that makes no sense.
     """
     request.capacity(config)
-    machine = planned_machine(budgets)
-    asked = _Asked(request, machine, named_dtype(dtype or config.dtype), budgets, compiler)
+    machine, cost = planned_machine(budgets)
+    chosen = named_dtype(dtype or config.dtype)
+    asked = _Asked(request, machine, cost, chosen, budgets, compiler)
     refused: DoesNotFitError | ProgramError | None = None
     for choice in _choices(config, encodings, asked):
         try:
@@ -96,13 +97,10 @@ class _Asked:
 
     request: Request
     machine: Machine
+    cost: CostModel
     dtype: np.dtype
     budgets: Budgets
     compiler: Compiler | None
-
-    @property
-    def cost(self) -> CostModel:
-        return cost_model(self.budgets, self.machine)
 
 
 def _choices(config: Config, encodings: Encodings, asked: _Asked) -> Iterable[Chosen]:
@@ -142,13 +140,14 @@ def _codecs_dict(choice: Chosen, level: str) -> dict[str, Any]:
     }
 
 
-def planned_machine(budgets: Budgets) -> Machine:
-    """The machine of some budgets. One of a file is not this one, and has all its disk."""
-    machine = this_machine(budgets)
+def planned_machine(budgets: Budgets) -> tuple[Machine, CostModel]:
+    """The machine of some budgets, and its cost model. One of a file is not this one, and has all
+    its disk."""
+    machine, cost = machine_and_cost(budgets)
     if budgets.machine is not None and budgets.nvme_space is None:
         space = load_machine(Path(budgets.machine)).tier(NVME).capacity_bytes
         machine = machine.with_capacities({NVME: space})
-    return machine
+    return machine, cost
 
 
 def dry_run_of(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from memsched.aot import Workspace
+from memsched.calibration.resident import PROCESS_BYTES
 from memsched.cost import CostModel
 from memsched.cost.learned import describe
 from memsched.machine import Machine
@@ -16,6 +17,11 @@ from qwen3vl_jax.planned.forecast import Forecast, Pass
 from qwen3vl_jax.planned.request import Request
 
 PARTS = ("vision", "prefill", "decode")
+# The first as `benchmark.capped.OWN_BYTES` and more for pictures, the second as
+# `scripts/calibrate.py --evaluate` shows.
+BESIDE_THE_PLAN = (
+    f"Python, JAX, programs 0.35 to 0.5 GB, buffers {PROCESS_BYTES / 1e6:.0f} MB at most (measured)"
+)
 
 
 def forecast_dict(found: Forecast) -> dict[str, Any]:
@@ -143,6 +149,7 @@ def assumptions(
         "seconds": describe(cost),
         "prices": "tokens/s by the bound: 1 GB more of a tier; disk, bus, compute twice as fast",
         "workspace": workspace_source(machine, compiled=compiled),
+        "beside the plan": BESIDE_THE_PLAN,
         "experts": "all experts of a layer are brought, whoever is chosen",
     }
 

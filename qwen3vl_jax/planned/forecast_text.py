@@ -8,6 +8,7 @@ from memsched.report.text import bound_text, number_text, seconds_text, view
 from memsched.sizes import LARGEST_BYTES
 from qwen3vl_jax.planned.forecast import Forecast
 from qwen3vl_jax.planned.forecast_data import (
+    BESIDE_THE_PLAN,
     PARTS,
     first_token_seconds,
     is_compiled,
@@ -59,6 +60,7 @@ def _headline(found: Forecast) -> list[RenderableType]:
         *_speed(found),
         line(""),
         _room(found),
+        line(f"  main memory beside it: {BESIDE_THE_PLAN}"),
         line(""),
         _parts(found),
         line(""),

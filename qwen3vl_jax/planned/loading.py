@@ -85,12 +85,12 @@ def load(
     config, encodings = described(path)
     check_context(config, budgets.max_context)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
-    machine = this_machine(budgets)
+    machine, cost = machine_and_cost(budgets)
     if budgets.level != "minimal" and not encodings:
         shown = display or on_terminal()
-        path, budgets = _encoded(Path(path), config, chosen, machine, budgets, shown)
+        path, budgets = _encoded(Path(path), config, chosen, machine, cost, budgets, shown)
         config, encodings = described(path)
-        machine = this_machine(budgets)
+        machine, cost = machine_and_cost(budgets)
     device_bytes = machine.tier(DEVICE).capacity_bytes
     rows = vocab_blocks(config, chosen, device_bytes, encodings)
     network = shape_network(config, dtype=chosen, vocab_rows=rows, encodings=encodings)
@@ -110,7 +110,7 @@ def load(
             nvme_dir=_folder(budgets),
             nvme_space_bytes=_bytes("nvme_space", budgets.nvme_space),
             max_context=budgets.max_context,
-            cost=cost_model(budgets, machine),
+            cost=cost,
             plan_seconds=budgets.plan_seconds,
             kv=kv_of(budgets.kv, budgets.level),
         )
@@ -123,6 +123,7 @@ def _encoded(
     config: Config,
     dtype: np.dtype,
     machine: Machine,
+    cost: CostModel,
     budgets: Budgets,
     display: Display,
 ) -> tuple[Path, Budgets]:
@@ -147,7 +148,7 @@ def _encoded(
         path,
         config,
         machine,
-        cost_model(budgets, machine),
+        cost,
         dtype=dtype,
         level=level_of(budgets.level),
         place=Place(folder, space, (asked, *memory)),
@@ -170,15 +171,23 @@ def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
     Args:
         measure_s: how long disk and processor are measured; with 0 their rates are assumed.
     """
+    return machine_and_cost(budgets, measure_s=measure_s)[0]
+
+
+def machine_and_cost(
+    budgets: Budgets, *, measure_s: float = MEASURE_S
+) -> tuple[Machine, CostModel]:
+    """The same, and what was learned of it: both of one reading of its calibration."""
     check_level(budgets)
     if budgets.machine is not None:
         machine = load_machine(Path(budgets.machine))
+        cost = cost_model(budgets, machine)
     else:
-        machine, _ = calibrated(detect(_folder(budgets), measure_s=measure_s))
+        machine, cost = calibrated(detect(_folder(budgets), measure_s=measure_s))
     asked = _asked(budgets)
     if budgets.nvme_dir is None:
         asked.setdefault(NVME, 0)
-    return with_limits(machine, asked)
+    return with_limits(machine, asked), cost
 
 
 def check_level(budgets: Budgets) -> None:

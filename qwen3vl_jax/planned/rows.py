@@ -13,7 +13,8 @@ from qwen3vl_jax.checkpoints.opening import Checkpoint
 from qwen3vl_jax.weights import Entry
 
 READ_BYTES = 4 << 20  # a store reads its chunks whole, and they have at most so many
-FEW_ROWS = 16  # are read one by one, in 0.7 ms each: no plan has room for a stretch of the table
+FEW_ROWS = 16  # are read in 0.7 ms each: no plan has room for a long stretch of the table
+FEW_BYTES = 256 << 10  # of neighbours that are read together: a part of a chunk is as large
 Resident = Callable[[str], Array | None]
 Blocks = tuple[tuple[int, int], ...]
 
@@ -38,7 +39,8 @@ class EmbeddingRows:
         """
         wanted, places = np.unique(np.asarray(token_ids), return_inverse=True)
         found = np.empty((len(wanted), self._table.shape[1]), self._dtype)
-        span = 1 if len(wanted) <= FEW_ROWS else max(1, READ_BYTES // found[:1].nbytes)
+        together = FEW_BYTES if len(wanted) <= FEW_ROWS else READ_BYTES
+        span = max(1, together // found[:1].nbytes)
         for index, (low, high) in enumerate(self._blocks):
             first, stop = np.searchsorted(wanted, (low, high))
             if first == stop:

@@ -6,7 +6,8 @@ import json
 import programs
 import pytest
 
-from memsched.calibration.evaluation import PROCESS_BYTES, Score, peaks, scores, scores_text
+from memsched.calibration.evaluation import Score, peaks, scores, scores_text
+from memsched.calibration.resident import PROCESS_BYTES
 from memsched.calibration.trials import Measured, Trial
 from memsched.cost import Span
 from memsched.cost.features import RunFeatures

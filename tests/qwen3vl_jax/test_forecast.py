@@ -208,7 +208,18 @@ def test_text_data_and_page_say_what_the_times_rest_on(calibrated: bool, says: s
     here = forecast(config("dense"), machine, Request(20, 7), dtype=FLOAT32, cost=cost)
     assert forecast_dict(here)["assumptions"]["seconds"] == says
     assert forecast_cover(here).assumptions["seconds"] == says
-    assert f"\n  times: {says}\n" in forecast_text(here)
+    text = forecast_text(here)
+    assert f"\n  times: {says}\n" in text
+    # Only what was learned knows how copies and steps slow each other; the bound never counts it.
+    assert ("contention aside: this one takes" in text) is calibrated
+
+
+def test_text_data_and_page_say_what_the_process_takes_beside_the_plan() -> None:
+    here = planned("dense", ROOMY)
+    said = forecast_dict(here)["assumptions"]["beside the plan"]
+    assert "Python, JAX, programs 0.35 to 0.5 GB, buffers 34 MB" in said
+    assert f"\n  main memory beside it: {said}\n" in forecast_text(here)
+    assert forecast_cover(here).assumptions["beside the plan"] == said
 
 
 def test_a_refusal_says_what_times_would_have_rested_on() -> None:

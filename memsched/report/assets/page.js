@@ -31,7 +31,8 @@ function cover() {
   }
   if (last.gap !== null) {
     cards.push(card('Above the bound', figure(last.gap, digits(100 * last.gap)), '%',
-      `no schedule beats ${seconds(last.bound_s)} (${arrow(last.bound_by)})`, 'gap'));
+      `no schedule beats ${seconds(last.bound_s)} (${arrow(last.bound_by)})`
+        + (last.contended ? ', contention aside' : ''), 'gap'));
   }
   document.getElementById('headline').append(...cards);
 }
