@@ -50,13 +50,18 @@ class CopyFeatures:
 
 
 def run_features(step: Step, program: Program) -> RunFeatures:
-    """The features of a step. A byte of codes has up to two numbers."""
+    """The features of a step.
+
+    A weight that is read takes part in at least one multiplication and addition: so flops limit
+    how many of its bytes are touched. A byte of codes has up to two numbers.
+    """
     specs = [program.arrays[name] for name in (*step.inputs, *step.writes)]
     weights = [spec for spec in specs if spec.kind == "weight"]
     values = [spec for spec in specs if spec.kind not in _CARRIED]
     dtype = _dtype(weights) or _dtype(specs[: len(step.inputs)]) or _dtype(specs) or "float32"
     itemsize = np.dtype(dtype).itemsize
-    weight_bytes = touched_bytes(step, sum(spec.nbytes for spec in weights), itemsize)
+    held_bytes = sum(spec.nbytes for spec in weights)
+    weight_bytes = min(held_bytes, step.flops // 2 * itemsize)
     rows = max((math.prod(spec.shape[:-1]) for spec in values if _is_float(spec)), default=1)
     numbers = NUMBERS_IN_A_BYTE * weight_bytes if dtype == CODES else weight_bytes // itemsize
     weight_flops = min(step.flops, 2 * rows * numbers)
@@ -70,15 +75,6 @@ def run_features(step: Step, program: Program) -> RunFeatures:
         cache_bytes=sum(spec.nbytes for spec in specs if spec.kind == "cache"),
         value_bytes=sum(spec.nbytes for spec in values),
     )
-
-
-def touched_bytes(step: Step, held_bytes: int, itemsize: int) -> int:
-    """Of the bytes of a step's weights those that it can have read.
-
-    A weight that is read takes part in at least one multiplication and addition: so flops limit
-    them. Of a table next to nothing is read, of experts those that are expected to be chosen.
-    """
-    return min(held_bytes, step.flops // 2 * itemsize)
 
 
 def copy_features(action: Copy, program: Program, machine: Machine) -> CopyFeatures:

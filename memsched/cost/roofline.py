@@ -2,7 +2,6 @@
 
 from typing import Protocol, runtime_checkable
 
-from memsched.cost.features import run_features
 from memsched.errors import ProgramError
 from memsched.machine import Machine
 from memsched.plan import Action, Copy, Free, Run
@@ -19,10 +18,7 @@ class CostModel(Protocol):
 
 
 class Roofline:
-    """A step takes the longer of computing and touching its arrays; a copy latency plus bytes.
-
-    Of weights, those that its flops can have touched.
-    """
+    """A step takes the longer of computing and touching its arrays; a copy latency plus bytes."""
 
     def seconds(self, action: Action, program: Program, machine: Machine) -> float:
         """Seconds of one action.
@@ -33,8 +29,8 @@ class Roofline:
         match action:
             case Run(step=name):
                 step, compute = program.step(name), machine.compute
-                features = run_features(step, program)
-                nbytes = features.weight_bytes + features.cache_bytes + features.value_bytes
+                touched = (*step.reads, *step.writes, *step.updates)
+                nbytes = sum(program.arrays[array].nbytes for array in touched)
                 flop_s = step.flops / compute.flops_per_s
                 return compute.latency_s + max(flop_s, nbytes / compute.bytes_per_s)
             case Copy(array=array, source=source, target=target):
