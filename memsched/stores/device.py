@@ -54,7 +54,7 @@ def owned(value: Any, sharding: Sharding) -> jax.Array:
             return value
         return put(value, sharding)
     # On the CPU backend `device_put` alone would use the caller's memory.
-    return settled(put(jnp.array(value, copy=True) if is_cpu(sharding) else value, sharding))
+    return settled(jax.device_put(value, sharding, may_alias=False))
 
 
 def filled(spec: ArraySpec, sharding: Sharding, fill: Callable[[Bytes], None]) -> jax.Array:
