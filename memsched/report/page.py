@@ -15,7 +15,7 @@ from memsched.report.chapter import Chapter, Cover
 from memsched.report.page_data import page_data
 
 # In the order in which they build on each other.
-SCRIPTS = ("words.js", "theme.js", "timeline.js", "map.js", "tables.js", "page.js")
+SCRIPTS = ("words.js", "theme.js", "plots.js", "timeline.js", "map.js", "tables.js", "page.js")
 
 
 def page(chapters: Sequence[Chapter], cover: Cover) -> str:

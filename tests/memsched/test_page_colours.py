@@ -62,7 +62,7 @@ def test_contrast_of_known_colours() -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_names_can_be_read_on_every_lane(theme: str) -> None:
     colours = themes()[theme]
-    lanes = shown_in("timeline.js", "const laneColor", colours)
+    lanes = shown_in("plots.js", "const laneColor", colours)
     assert {"compute", "host", "nvme", "write"} == lanes
     for name in lanes:
         # As it is, as a block of many actions at its palest, and under the veil beside a pass.

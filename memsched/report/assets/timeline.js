@@ -1,15 +1,6 @@
-// A plan over time: what tiers hold, and what lanes are busy with. All plots share one stretch of
-// time, which the pointer and the keyboard move and zoom.
+// A plan over time: plots that share one stretch of it, which pointer and keyboard move and zoom.
 
 const LEAST_SHARE = 1e-5; // of the whole time: no closer
-const FAR = 4; // a budget that is so many times the peak is not drawn to scale
-
-const laneColor = (name) => {
-  if (name === 'compute') return color('compute');
-  const [source, target] = name.split('->');
-  if (target === 'nvme' || source === 'device') return color('write');
-  return color(source === 'nvme' ? 'nvme' : 'host');
-};
 
 class Timeline {
   constructor(chapter) {
@@ -24,9 +15,13 @@ class Timeline {
     this.brush = element('div', { class: 'brush', hidden: '' });
     this.shown = element('span', { class: 'soft small', role: 'status' });
     this.root.append(this._head(), this._tools(), this._legend(), this.box);
-    this._addAxis();
+    this._add(new AxisPlot(this));
     for (const tier of chapter.tiers) this._addTier(tier);
-    for (const lane of chapter.lanes) if (lane.actions) this._addLane(lane);
+    for (const lane of chapter.lanes) {
+      if (lane.actions) {
+        this.views.forEach((view, place) => this._add(new LanePlot(this, lane, view, place)));
+      }
+    }
     this.box.append(this.cursor, this.brush);
   }
 
@@ -69,17 +64,21 @@ class Timeline {
       element('li', {}, swatch('var(--budget)'), 'budget (line)'));
   }
 
-  _row(label, kind, plot) {
-    const canvas = element('canvas', { class: `plot ${kind}` });
-    if (kind === 'axis') canvas.setAttribute('aria-hidden', 'true');
-    plot.canvas = canvas;
-    this.plots.push(plot);
-    this.box.append(element('div', { class: `row ${kind}-row` }, label, canvas));
-    return canvas;
+  _addTier(tier) {
+    const plot = new TierPlot(this, tier);
+    if (tier.peak_bytes > 0) this._add(plot);
+    else this.box.append(element('div', { class: 'row' }, plot.label,
+      element('div', { class: 'soft small' }, 'Nothing of it counts against a budget.')));
   }
 
-  _listen(plot, words) {
-    const { canvas } = plot;
+  _add(plot) {
+    this.plots.push(plot);
+    this.box.append(element('div', { class: `row ${plot.kind}-row` }, plot.label, plot.canvas));
+    if (plot.words !== null) this._listen(plot);
+  }
+
+  _listen(plot) {
+    const { canvas, words } = plot;
     for (const [name, value] of Object.entries({
       tabindex: '0', role: 'application', 'aria-roledescription': 'timeline', 'aria-label': words,
     })) canvas.setAttribute(name, value);
@@ -168,7 +167,7 @@ class Timeline {
     }
     const time = this._timeAt(plot, event);
     this._point(time, plot);
-    const told = plot.tell(time, event.offsetX);
+    const told = plot.tell(time);
     if (told) showTip(told, event.clientX, event.clientY); else hideTip();
   }
 
@@ -221,264 +220,7 @@ class Timeline {
     plot.draw();
     this._point(time, plot);
     const box = plot.canvas.getBoundingClientRect();
-    const told = plot.tell(time, this.x(time, box.width), to);
+    const told = plot.tell(time, to);
     if (told) showTip(told, box.left + this.x(time, box.width), box.bottom - 12, { aloud: true });
   }
-
-  // ---- plots ----
-
-  _addAxis() {
-    const plot = {
-      chosen: null, times: () => [], tell: () => null,
-      draw: () => {
-        const { context, width } = prepare(plot.canvas);
-        context.fillStyle = color('soft');
-        context.strokeStyle = color('line');
-        const step = niceStep((this.end - this.start) / Math.max(2, width / 90));
-        for (let n = Math.ceil(this.start / step); n * step <= this.end; n += 1) {
-          const at = this.x(n * step, width);
-          context.beginPath(); context.moveTo(at, 16); context.lineTo(at, 22); context.stroke();
-          const words = n === 0 ? '0' : tick(n * step, step);
-          const half = context.measureText(words).width / 2;
-          context.fillText(words, Math.min(Math.max(0, at - half), width - 2 * half), 12);
-        }
-      },
-    };
-    this._row(element('div', { class: 'label soft' }, 'time'), 'axis', plot);
-  }
-
-  // Lines at the beginning and the end of a pass as predicted, and a veil over what is outside.
-  _passes(context, width, height, view) {
-    if (!this._overlaps(view)) return;
-    const [begin, end] = [this.x(0, width), this.x(this.chapter.seconds, width)];
-    context.fillStyle = color('paper');
-    context.globalAlpha = 0.45;
-    if (begin > 0) context.fillRect(0, 0, begin, height);
-    if (end < width) context.fillRect(end, 0, width - end, height);
-    context.globalAlpha = 1;
-    context.fillStyle = color('soft');
-    for (const at of [begin, end]) if (at > 1 && at < width - 1) context.fillRect(at, 0, 1, height);
-  }
-
-  _addTier(tier) {
-    const room = tier.capacity_bytes === null ? 'no limit' : `of ${size(tier.capacity_bytes)}`;
-    const label = element('div', { class: 'label' }, element('b', {}, tier.name),
-      element('span', { class: 'soft' }, 'peak ',
-        figure(tier.peak_bytes, size(tier.peak_bytes)), ` ${room}`));
-    if (tier.peak_bytes === 0) {
-      this.box.append(element('div', { class: 'row' }, label,
-        element('div', { class: 'soft small' }, 'Nothing of it counts against a budget.')));
-      return;
-    }
-    const plot = { chosen: null };
-    const stretches = () => tier.views[this.view];
-    const at = (place, index) => {
-      const column = stretches().parts[place];
-      return typeof column === 'number' ? column : column[index];
-    };
-    const [first, last] = this.chapter.range_s;
-    const begins = (index) => first + stretches().starts[index] / tier.columns * (last - first);
-    plot.times = () => stretches().starts.map((_, index) => begins(index));
-    plot.tell = (time, _x, index = lastBefore(stretches().starts.length, begins, time)) => {
-      const held = data.parts.map((part, place) => [part, at(place, index), place])
-        .filter(([, nbytes]) => nbytes > 0).reverse();
-      const total = held.reduce((sum, [, nbytes]) => sum + nbytes, 0);
-      return {
-        title: `${tier.name}, ${this.view}, at ${seconds(time)}`,
-        rows: [...held.map(([part, nbytes, place]) =>
-          [part, size(nbytes), `var(--${PART_COLORS[place]})`]), ['together', size(total)],
-        ['budget', tier.capacity_bytes === null ? 'none' : size(tier.capacity_bytes)]],
-      };
-    };
-    plot.draw = () => this._drawTier(plot, tier, at, begins);
-    const words = `${tier.name}: peak ${size(tier.peak_bytes)} ${room}`;
-    this._row(label, 'tier', plot);
-    this._listen(plot, words);
-  }
-
-  _drawTier(plot, tier, at, begins) {
-    const { context, width, height } = prepare(plot.canvas);
-    const limit = tier.capacity_bytes;
-    const scaled = limit !== null && limit < FAR * tier.peak_bytes;
-    const most = scaled ? Math.max(limit, tier.peak_bytes) * 1.1 : tier.peak_bytes * 1.25;
-    const starts = tier.views[this.view].starts;
-    const from = lastBefore(starts.length, begins, this.start);
-    const shades = PART_COLORS.map(color);
-    for (let index = from; index < starts.length && begins(index) <= this.end; index += 1) {
-      const left = Math.round(this.x(begins(index), width));
-      const next = index + 1 < starts.length ? begins(index + 1) : this.end;
-      const right = Math.max(left + 1, Math.round(this.x(Math.min(next, this.end), width)));
-      let level = 0;
-      for (let place = 0; place < shades.length; place += 1) {
-        const nbytes = at(place, index);
-        if (!nbytes) continue;
-        const top = height - (level + nbytes) / most * height;
-        context.fillStyle = shades[place];
-        context.fillRect(left, top, right - left, nbytes / most * height + 0.5);
-        level += nbytes;
-      }
-    }
-    this._passes(context, width, height, this.view);
-    if (limit !== null) this._drawBudget(context, width, scaled ? height - limit / most * height
-      : null, limit);
-    if (plot.chosen !== null) {
-      const left = this.x(begins(plot.chosen), width);
-      context.fillStyle = color('focus');
-      context.fillRect(left, 0, 2, height);
-    }
-  }
-
-  _drawBudget(context, width, top, limit) {
-    const words = top === null ? `budget ${size(limit)}, far above` : `budget ${size(limit)}`;
-    context.fillStyle = color('budget');
-    if (top !== null) context.fillRect(0, top, width, 1.5);
-    const box = context.measureText(words).width;
-    context.globalAlpha = 0.85;
-    context.fillStyle = color('card');
-    context.fillRect(width - box - 12, (top ?? 0) + 3, box + 8, 16);
-    context.globalAlpha = 1;
-    context.fillStyle = color('budget');
-    context.fillText(words, width - box - 8, (top ?? 0) + 15);
-  }
-
-  _addLane(lane) {
-    const share = this.chapter.seconds ? lane.busy_s / this.chapter.seconds : 0;
-    this.views.forEach((view, place) => {
-      const name = element('div', { class: 'label' });
-      if (place === 0) {
-        name.append(element('b', {}, arrow(lane.name)), element('span', { class: 'soft' },
-          `busy ${percent(share)}${lane.nbytes ? `, ${size(lane.nbytes)}` : ''}`));
-      } else name.append(element('span', { class: 'soft' }, view));
-      const plot = { chosen: null };
-      const blocks = lane.views[view];
-      plot.times = () => blocks.start_s;
-      plot.tell = (time, _x, index = this._blockAt(plot, blocks, time)) => {
-        if (index !== null) return this._tellBlock(lane, view, index);
-        const early = this._overlaps(view)
-          ? this._blockAt(plot, blocks, time + this.chapter.seconds) : null;
-        return early === null ? null : this._tellBlock(lane, view, early);
-      };
-      plot.draw = () => this._drawLane(plot, lane, blocks, view);
-      this._row(name, 'lane', plot);
-      this._listen(plot, `${arrow(lane.name)}, ${view}: ${plural(lane.actions, 'action')}, `
-        + `busy for ${percent(share)} of the time`);
-    });
-  }
-
-  // Whether the end of a pass lies beside the beginning of the next one, which is like it.
-  _overlaps(view) { return this.chapter.repeated && view === 'predicted'; }
-
-  // The block under the pointer; one that is thinner than two pixels is met from nearby.
-  _blockAt(plot, blocks, time) {
-    const near = 2 * (this.end - this.start) / plot.canvas.getBoundingClientRect().width;
-    const index = lastBefore(blocks.start_s.length, (n) => blocks.start_s[n], time + near);
-    return index >= 0 && time <= blocks.end_s[index] + near && time + near >= blocks.start_s[index]
-      ? index : null;
-  }
-
-  _drawLane(plot, lane, blocks, view) {
-    const { context, width, height } = prepare(plot.canvas);
-    const shade = laneColor(lane.name);
-    const [top, tall] = view === 'predicted' ? [3, height - 6] : [6, height - 12];
-    if (this._overlaps(view)) {
-      // What the pass before this one fetched at its end is still under way: the same blocks.
-      context.fillStyle = shade;
-      context.globalAlpha = 0.5;
-      for (let n = blocks.start_s.length - 1; n >= 0; n -= 1) {
-        const end = blocks.end_s[n] - this.chapter.seconds;
-        if (end <= 0) break;
-        const left = this.x(Math.max(blocks.start_s[n] - this.chapter.seconds,
-          this.chapter.range_s[0]), width);
-        context.fillRect(left, top, Math.max(1, this.x(end, width) - left), tall);
-      }
-      context.globalAlpha = 1;
-    }
-    const seen = this._seen(blocks, width);
-    context.fillStyle = shade;
-    for (const { n, left, wide } of seen) {
-      const length = blocks.end_s[n] - blocks.start_s[n];
-      // Blocks of many actions are as dense as their lane is busy.
-      context.globalAlpha = blocks.count[n] > 1 && length
-        ? 0.35 + 0.65 * Math.min(1, blocks.busy_s[n] / length) : 1;
-      context.fillRect(left, top, wide > 3 ? wide - 0.6 : wide, tall);
-    }
-    context.globalAlpha = 1;
-    this._passes(context, width, height, view);
-    // Over the veil, which would make words pale.
-    for (const { n, left, wide } of seen) {
-      if (wide > 70) this._drawName(context, this._shortName(blocks, n), left, wide, height);
-      if (n === plot.chosen) {
-        context.strokeStyle = color('focus');
-        context.lineWidth = 2;
-        context.strokeRect(left, top - 1, Math.max(2, wide), tall + 2);
-      }
-    }
-  }
-
-  // Blocks in the shown stretch of time, and where they are.
-  _seen(blocks, width) {
-    const seen = [];
-    for (let n = 0; n < blocks.start_s.length; n += 1) {
-      if (blocks.end_s[n] < this.start || blocks.start_s[n] > this.end) continue;
-      const left = this.x(blocks.start_s[n], width);
-      seen.push({ n, left, wide: Math.max(1, this.x(blocks.end_s[n], width) - left) });
-    }
-    return seen;
-  }
-
-  _drawName(context, name, left, wide, height) {
-    context.save();
-    context.beginPath();
-    context.rect(left, 0, wide - 4, height);
-    context.clip();
-    context.fillStyle = color('label');
-    context.fillText(name, Math.max(left, 0) + 5, height / 2 + 4);
-    context.restore();
-  }
-
-  _shortName(blocks, n) {
-    return blocks.count[n] > 1 ? `${count(blocks.count[n])} actions` : textOf(blocks.name[n]);
-  }
-
-  _tellBlock(lane, view, n) {
-    const blocks = lane.views[view];
-    const [start, end, many] = [blocks.start_s[n], blocks.end_s[n], blocks.count[n]];
-    const isRun = lane.name === 'compute';
-    const name = textOf(blocks.name[n]);
-    const rows = [
-      ['lane', arrow(lane.name)], ['from', seconds(start)], ['for', seconds(end - start)]];
-    if (!isRun) rows.push(['bytes', `${bytes(blocks.nbytes[n])} (${size(blocks.nbytes[n])})`]);
-    if (many > 1) {
-      const busy = end > start ? percent(blocks.busy_s[n] / (end - start)) : percent(1);
-      rows.push(['of this busy', busy], ['the last', textOf(blocks.last[n])]);
-      return { title: `The first of ${count(many)} actions: ${name}`, rows, note: 'Too short to be '
-        + 'shown one by one; the Perfetto file has all of them.' };
-    }
-    if (isRun) return { title: name, rows, note: `Step, ${view}.` };
-    rows.push(['next use', useText(blocks.next[n])]);
-    return { title: name, rows, note: whyText(this.chapter, blocks.row[n], name) };
-  }
-}
-
-// The last of so many that begins at a time or before; 0 if all begin later.
-function lastBefore(many, begins, time) {
-  let [low, high] = [0, many - 1];
-  while (low < high) {
-    const middle = Math.ceil((low + high) / 2);
-    if (begins(middle) <= time) low = middle; else high = middle - 1;
-  }
-  return low;
-}
-
-function niceStep(least) {
-  const power = 10 ** Math.floor(Math.log10(least));
-  return [1, 2, 5, 10].map((times) => times * power).find((step) => step >= least);
-}
-
-// A time with as many digits as its neighbours need.
-function tick(time, step) {
-  const [scale, unit] = [[1, 's'], [1e-3, 'ms'], [1e-6, 'µs'], [1e-9, 'ns']]
-    .find(([unitScale]) => Math.abs(time) >= unitScale) ?? [1e-9, 'ns'];
-  const decimals = Math.min(9, Math.max(0, -Math.floor(Math.log10(step / scale) + 1e-9)));
-  return `${(time / scale).toFixed(decimals)} ${unit}`;
 }
