@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -34,8 +35,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
+# 5,500 tests are collected without looking for cycles: 14.5 CPU-seconds instead of 20.8.
+gc.disable()
+
 # Files that every process of pytest-xdist can lock: to wait for a turn, and while a test runs.
 DOOR, ROOM = (os.open(path, os.O_RDONLY) for path in (__file__, os.path.dirname(__file__)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end; nobody looks through it again for cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
