@@ -1,5 +1,6 @@
 """Switches that hold for every test, and the tiny checkpoints that many tests share."""
 
+import contextlib
 import fcntl
 import functools
 import gc
@@ -49,18 +50,44 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A test that is marked `alone` runs while no other process runs any test."""
-    alone = item.get_closest_marker("alone") is not None
-    # Whoever waits keeps the door shut, or there would always be somebody in the room.
+def _enter(lock: int) -> None:
+    """Waits for a turn. Who waits keeps the door shut, or there would always be somebody inside."""
     fcntl.flock(DOOR, fcntl.LOCK_EX)
-    fcntl.flock(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    fcntl.flock(ROOM, lock)
     fcntl.flock(DOOR, fcntl.LOCK_UN)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, Any, Any]:
+    """A test runs beside those of other processes."""
+    _enter(fcntl.LOCK_SH)
     try:
         return (yield)
     finally:
         fcntl.flock(ROOM, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    fcntl.flock(ROOM, fcntl.LOCK_UN)
+    _enter(fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(ROOM, fcntl.LOCK_SH)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that is marked `alone` runs while no other process runs any test; fixtures do not."""
+    with contextlib.nullcontext() if item.get_closest_marker("alone") is None else _alone():
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """`with alone():` no other process runs any test; for what only a part of one needs."""
+    return _alone
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ can take.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -25,6 +26,11 @@ class Draft:
     slots: dict[int, int] = dataclasses.field(default_factory=dict)
     held: dict[tuple[str, str], int | None] = dataclasses.field(default_factory=dict)
     busy: set[str] = dataclasses.field(default_factory=set)
+
+    @functools.cached_property
+    def nbytes(self) -> dict[str, int]:
+        """What each array takes in an arena."""
+        return {name: rounded(spec.nbytes, 64) for name, spec in self.program.arrays.items()}
 
     @property
     def tiers(self) -> list[str]:
@@ -111,7 +117,7 @@ def _room(draft: Draft, name: str, tier: str) -> int | None:
     """A random free range of the arena, above all where something lay before."""
     if not draft.is_weight(name) or tier != draft.tiers[-2]:
         return None
-    nbytes = {who: rounded(spec.nbytes, 64) for who, spec in draft.program.arrays.items()}
+    nbytes = draft.nbytes
     limit = sum(nbytes[who] for who in draft.program.of_kind("weight"))
 
     def choices() -> list[int]:
@@ -220,7 +226,7 @@ def _settle(draft: Draft) -> None:
         if draft.is_weight(name) and ((name, tier) not in first or first[name, tier] != offset):
             _free(draft, name, tier)
     near, far = draft.tiers[-2:]
-    above = sum(rounded(spec.nbytes, 64) for spec in draft.program.arrays.values())
+    above = sum(draft.nbytes.values())
     for name, tier in [where for where in first if where not in draft.held]:
         source = near if tier == DEVICE and near != DEVICE else far
         passes = source == near and (name, near) not in draft.held

@@ -20,9 +20,6 @@ from control_groups import control_group
 from memsched.pressure.observation import margin_bytes
 from qwen3vl_jax import Qwen3VL
 
-# A process that gives memory back too late is killed.
-pytestmark = pytest.mark.alone
-
 CHILD = Path(__file__).with_name("adapt_child.py")
 ROOT = Path(__file__).parents[2]
 HIGH_BYTES = 84_000_000  # holds the model of 67 MB
@@ -71,12 +68,17 @@ def lowered(group: Path, answered: Callable[[], None]) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def ran(
+    tmp_path_factory: pytest.TempPathFactory,
+    alone: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Ran:
     folder = tmp_path_factory.mktemp("pressure")
     factory.checkpoint(folder / "hf", dtype="bfloat16", **helper.SETTINGS)
-    with control_group(FIRST_LIMIT_BYTES) as group:
+    store = helper.store_of(folder / "hf", folder / "store")
+    # A process that gives memory back too late is killed.
+    with alone(), control_group(FIRST_LIMIT_BYTES) as group:
         asked = {
-            "model": str(helper.store_of(folder / "hf", folder / "store")),
+            "model": str(store),
             "machine": str(helper.machine_file(folder, 2)),
             "high": HIGH_BYTES,
             "low": LOW_BYTES,
