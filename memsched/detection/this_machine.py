@@ -6,6 +6,7 @@ stays free, because others come and go.
 """
 
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Mapping
@@ -57,8 +58,8 @@ def detect(nvme_dir: Path | None = None, *, measure_s: float = 1.0, root: Path =
 
     Args:
         nvme_dir: where spilled arrays would go; the directory of temporary files if None.
-        measure_s: about how long each of disk, processor and transfers is measured; with 0
-            nothing is, and rates are assumed.
+        measure_s: about how long each of disk, processor and transfers is measured, the latter
+            two once in a process; with 0 nothing is, and rates are assumed.
         root: where /proc and /sys are found.
 
     Raises:
@@ -147,14 +148,29 @@ def _device_room(device: "jax.Device") -> Room:
 
 
 def _measured(device: "jax.Device", directory: Path, measure_s: float) -> _Rates:
-    from memsched.detection.compute_rate import measure_compute, measure_transfers
-
     disk = measure_disk(directory, seconds=measure_s)
-    compute = measure_compute(device, seconds=measure_s)
+    return _Rates(
+        _measured_compute(device, measure_s), disk, *_measured_transfers(device, measure_s)
+    )
+
+
+@functools.cache
+def _measured_compute(device: "jax.Device", measure_s: float) -> Compute:
+    """Once in a process: a model of a level asks twice, and two models are planned alike."""
+    from memsched.detection.compute_rate import measure_compute
+
+    return measure_compute(device, seconds=measure_s)
+
+
+@functools.cache
+def _measured_transfers(device: "jax.Device", measure_s: float) -> tuple[float, float]:
+    """To the device and back; 0 where it computes in main memory."""
+    from memsched.detection.compute_rate import measure_transfers
+
     if device.platform == "cpu":
-        return _Rates(compute, disk, 0.0, 0.0)
-    transfers = measure_transfers(device, seconds=measure_s)
-    return _Rates(compute, disk, transfers.to_device_bytes_per_s, transfers.to_host_bytes_per_s)
+        return 0.0, 0.0
+    rates = measure_transfers(device, seconds=measure_s)
+    return rates.to_device_bytes_per_s, rates.to_host_bytes_per_s
 
 
 def _assumed(platform: str) -> _Rates:

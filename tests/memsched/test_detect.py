@@ -182,6 +182,7 @@ def test_here_rates_are_measured(tmp_path: Path) -> None:
     assert 1e8 < machine.compute.bytes_per_s < 1e14
     assert 0 < machine.compute.latency_s < 1
     assert list(tmp_path.iterdir()) == []
+    assert detect(tmp_path, measure_s=0.02).compute == machine.compute, "measured twice"
 
 
 def accelerator(**stats: int) -> SimpleNamespace:
