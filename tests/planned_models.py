@@ -16,7 +16,7 @@ from memsched.program import Program
 from memsched.runtime import Executor
 from qwen3vl_jax.checkpoints.conversion import to_store
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.planned import loading, timetable
+from qwen3vl_jax.planned import loading, timetable, works
 from qwen3vl_jax.planned.loading import Budgets
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.sealed import Sealed
@@ -78,7 +78,8 @@ def runner_of(model: Qwen3VL) -> PlannedRunner:
 
 
 def share_traces(patch: pytest.MonkeyPatch) -> None:
-    """Models of one configuration trace and compile a phase once: budgets change no program."""
+    """Models and forecasts of one configuration trace and compile a phase once: budgets change no
+    program."""
     networks: dict[Any, Any] = {}
     traces: dict[Any, Any] = {}
     make_network, make_trace = loading.shape_network, timetable.trace_phase
@@ -100,8 +101,10 @@ def share_traces(patch: pytest.MonkeyPatch) -> None:
             traces[key] = make_trace(phase, network, arrays, known)
         return traces[key]
 
-    patch.setattr(loading, "shape_network", network)
-    patch.setattr(timetable, "trace_phase", trace)
+    for module in (loading, works):
+        patch.setattr(module, "shape_network", network)
+    for module in (timetable, works):
+        patch.setattr(module, "trace_phase", trace)
 
 
 def recorded(patch: pytest.MonkeyPatch) -> list[tuple[Plan, Program]]:

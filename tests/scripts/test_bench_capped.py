@@ -23,6 +23,8 @@ from qwen3vl_jax.benchmark.capped_process import Child, ChildError, child
 from qwen3vl_jax.benchmark.capped_table import table
 from qwen3vl_jax.planned.figures import disk_reader, own_groups
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 ROOT = Path(__file__).parents[2]
 DENSE = ROOT / "tests" / "data" / "tiny" / "dense" / "config.json"
 SHORT = ("--image", "64x32", "--prompt-tokens", "9", "--new-tokens", "2", "--repeats", "1")

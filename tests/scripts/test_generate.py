@@ -15,6 +15,8 @@ import PIL.Image
 import pytest
 import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
 MODEL = str(tiny.DATA / "dense")

@@ -27,6 +27,8 @@ from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.sweep import Point, Sweep, parse_sweep, run_sweep
 from qwen3vl_jax.planned.sweep_report import Swept, write_sweep
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "plan.py"
 MACHINE = ROOT / "configs" / "machines" / "i5-10210u-sm61-nvme.toml"
