@@ -149,38 +149,36 @@ def weights_of(checkpoint: str) -> tuple[Config, dict[str, jax.Array]]:
             return config, {entry.path: jnp.array(opened.read(entry)) for entry in table}
 
 
-def worst_difference(checkpoint: str) -> float:
-    """Largest relative difference of logits over all cases, with the modules now importable."""
+def differences(checkpoint: str) -> Iterator[float]:
+    """Relative difference of logits of one case after another, with the modules now importable."""
     config, arrays = weights_of(checkpoint)
     network_module = importlib.import_module("qwen3vl_jax.network")
     prepare = importlib.import_module("qwen3vl_jax.inputs").prepare
     network = network_module.network_from_arrays(
         network_module.abstract_network(config, dtype=jnp.float32), arrays
     )
-    found = []
     for case in CASES_OF[checkpoint]:
         given, answer = tiny.inputs(case), tiny.answers(checkpoint)[case]["logits"]
         real = given["attention_mask"].astype(bool)
         with jax.disable_jit():
             batch = jax.device_put(prepare(config, given)[0])
             logits = np.asarray(network_module.forward(network, batch, config))
-        found.append(parity.relative(logits[real], answer[real]))
-    return max(found)
+        yield parity.relative(logits[real], answer[real])
 
 
 @pytest.mark.parametrize("checkpoint", CASES_OF)
 def test_without_a_mutation_all_is_equal(checkpoint: str) -> None:
     weights_of(checkpoint)
     with mutated(Mutation("none", "layers", checkpoint, ())):
-        assert worst_difference(checkpoint) < parity.TOLERANCE
+        assert max(differences(checkpoint)) < parity.TOLERANCE
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_mutation_is_noticed(mutation: Mutation) -> None:
     weights_of(mutation.checkpoint)
     with mutated(mutation):
-        found = worst_difference(mutation.checkpoint)
-    assert found > parity.TOLERANCE
+        # The first case that shows it is enough.
+        assert any(found > parity.TOLERANCE for found in differences(mutation.checkpoint))
 
 
 def test_all_mutations_are_read() -> None:

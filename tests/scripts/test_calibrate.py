@@ -38,6 +38,8 @@ from qwen3vl_jax.planned.rehearsals import CALIBRATION, EVALUATION, Rehearsal, S
 from qwen3vl_jax.planned.request import Request
 from scripts import calibrate, generate, plan
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 SMALL = Shape(256, 512, 2, 1, 2, 2048, tower=128, depth=3)
 OTHER = Shape(384, 640, 3, 1, 2, 2048, tower=128, depth=3)
 TESTED = Shape(320, 576, 2, 1, 2, 2048, tower=128, depth=3)
