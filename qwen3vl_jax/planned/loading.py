@@ -161,29 +161,24 @@ def _encoded(
 
 def fits(nbytes: int) -> bool:
     """Whether weights of so many bytes, and what steps need beside them, fit what is free now."""
-    device = this_machine(Budgets(), measure_s=0.0).tier(DEVICE)
+    device = detect(measure_s=0.0).tier(DEVICE)
     return nbytes + WORKING_BYTES <= device.capacity_bytes
 
 
-def this_machine(budgets: Budgets, *, measure_s: float = MEASURE_S) -> Machine:
-    """The machine at hand, or the one of a file, within the budgets.
+def machine_and_cost(budgets: Budgets) -> tuple[Machine, CostModel]:
+    """The machine at hand, or the one of a file, within the budgets, and what was learned of it.
 
-    Args:
-        measure_s: how long disk and processor are measured; with 0 their rates are assumed.
+    One that nobody has calibrated is measured for `MEASURE_S`.
     """
-    return machine_and_cost(budgets, measure_s=measure_s)[0]
-
-
-def machine_and_cost(
-    budgets: Budgets, *, measure_s: float = MEASURE_S
-) -> tuple[Machine, CostModel]:
-    """The same, and what was learned of it: both of one reading of its calibration."""
     check_level(budgets)
     if budgets.machine is not None:
         machine = load_machine(Path(budgets.machine))
         cost = cost_model(budgets, machine)
     else:
-        machine, cost = calibrated(detect(_folder(budgets), measure_s=measure_s))
+        found = detect(_folder(budgets), measure_s=0.0)
+        machine, cost = calibrated(found)
+        if machine is found:  # nobody has calibrated it
+            machine = detect(_folder(budgets), measure_s=MEASURE_S)
     asked = _asked(budgets)
     if budgets.nvme_dir is None:
         asked.setdefault(NVME, 0)

@@ -33,7 +33,7 @@ from memsched.machine import Machine
 from memsched.profiles import load_machine
 from qwen3vl_jax.planned import learning, rehearsals
 from qwen3vl_jax.planned.dry_run import dry_run
-from qwen3vl_jax.planned.loading import Budgets, cost_model, this_machine
+from qwen3vl_jax.planned.loading import Budgets, machine_and_cost
 from qwen3vl_jax.planned.rehearsals import CALIBRATION, EVALUATION, Rehearsal, Shape, trial_of
 from qwen3vl_jax.planned.request import Request
 from scripts import calibrate, generate, plan
@@ -93,7 +93,9 @@ def run(*arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads(last), "\n".join(lines)
 
 
-def test_what_was_measured_is_found_by_planning(done: Done) -> None:
+def test_what_was_measured_is_found_by_planning(
+    done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = known.user_profile()
     assert profile == done.settings / "memsched" / "machine.toml"
     assert Path(done.found["cost_model"]) == cost_file(profile)
@@ -109,10 +111,10 @@ def test_what_was_measured_is_found_by_planning(done: Done) -> None:
     assert reading.block_bytes in BLOCK_BYTES
     assert reading.queue_depth in QUEUE_DEPTHS
 
-    # Planning takes the measured rates and what is free now.
-    here = this_machine(Budgets(nvme_dir=done.disk), measure_s=0.0)
+    # Planning takes the measured rates and what is free now, and measures nothing again.
+    monkeypatch.setattr("memsched.detection.this_machine.measure_disk", pytest.fail)
+    here, cost = machine_and_cost(Budgets(nvme_dir=done.disk))
     assert (here.compute, here.links) == (machine.compute, machine.links)
-    cost = cost_model(Budgets(), here)
     assert isinstance(cost, LearnedCost)
     trial = trial_of(Rehearsal(TESTED, "decode", 64), here)
     assert 1e-5 < plan_seconds(trial.plan, trial.program, trial.machine, cost) < 1.0
