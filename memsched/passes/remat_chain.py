@@ -5,6 +5,8 @@ its state; what its way back reads of it besides is its tape.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from memsched.passes.needs import Needs
@@ -16,28 +18,51 @@ TURNS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Chain:
-    """Stages there, and back. Steps are numbers, all sizes bytes; one entry per stage.
+class Sizes:
+    """What the stages of a chain take, in bytes or in units of so many; one entry per stage.
 
-    `work_bytes` is what the way there takes and `undo_bytes` what the way back takes, both beside
-    the stage's input. `state_bytes[i]` and `cotangent_bytes[i]` lie between stages i - 1 and i;
-    these two have one entry more: above the last stage lies what is given to it alone.
-    `result_bytes` are those of the next state that the way back reads. `left_bytes` stay after the
-    way back. `reads_tape` says whether the way back needs anything that its stage makes.
-    `base_bytes` are there all the time.
+    `work` is what the way there takes and `undo` what the way back takes, both beside the stage's
+    input. `state[i]` and `cotangent[i]` lie between stages i - 1 and i; these two have one entry
+    more: above the last stage lies what is given to it alone. `result` is what the way back reads
+    of the next state, `left` what stays after the way back.
+    """
+
+    state: tuple[int, ...]
+    tape: tuple[int, ...]
+    result: tuple[int, ...]
+    work: tuple[int, ...]
+    cotangent: tuple[int, ...]
+    undo: tuple[int, ...]
+    left: tuple[int, ...]
+
+    def left_above(self, stage: int) -> int:
+        """What the ways back of all stages after one leave."""
+        return sum(self.left[stage + 1 :])
+
+    def divisor(self) -> int:
+        """The most that divides all of them."""
+        return math.gcd(*itertools.chain(*dataclasses.astuple(self))) or 1
+
+    def in_units(self, unit: int) -> "Sizes":
+        """Rounded to the nearest unit: what comes out is measured exactly."""
+        return Sizes(
+            *(tuple(round(one / unit) for one in many) for many in dataclasses.astuple(self))
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chain:
+    """Stages there, and back: their steps by number, seconds and bytes; one entry per stage.
+
+    `reads_tape` says whether the way back needs anything that its stage makes. `base_bytes` are
+    there all the time.
     """
 
     forward: tuple[tuple[int, ...], ...]
     backward: tuple[tuple[int, ...], ...]
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
-    state_bytes: tuple[int, ...]
-    tape_bytes: tuple[int, ...]
-    result_bytes: tuple[int, ...]
-    work_bytes: tuple[int, ...]
-    cotangent_bytes: tuple[int, ...]
-    undo_bytes: tuple[int, ...]
-    left_bytes: tuple[int, ...]
+    nbytes: Sizes
     reads_tape: tuple[bool, ...]
     base_bytes: int
 
@@ -194,20 +219,21 @@ def _measured(way: _Way, levels: Sequence[tuple[int, ...]]) -> Chain:
         _undo(way, steps, coming[i + 1] | tapes[i] | (states[i + 1] & read_back[i]))
         for i, steps in enumerate(levels)
     ]
+    nbytes = Sizes(
+        state=tuple(way.size(names) for names in states),
+        tape=tuple(way.size(names) for names in tapes),
+        result=tuple(way.size(states[i + 1] & read_back[i]) for i in range(len(forward))),
+        work=tuple(_work(way, steps, tapes[i] | states[i + 1]) for i, steps in enumerate(forward)),
+        cotangent=tuple(sum(needs.device_bytes[n] for n in names) for names in passing),
+        undo=tuple(undone),
+        left=tuple(_left(program, needs.device_bytes, steps) for steps in levels),
+    )
     return Chain(
         forward=forward,
         backward=tuple(levels),
         forward_s=tuple(sum((needs.step_s[index] for index in steps), 0.0) for steps in forward),
         backward_s=tuple(sum((needs.step_s[index] for index in steps), 0.0) for steps in levels),
-        state_bytes=tuple(way.size(names) for names in states),
-        tape_bytes=tuple(way.size(names) for names in tapes),
-        result_bytes=tuple(way.size(states[i + 1] & read_back[i]) for i in range(len(forward))),
-        work_bytes=tuple(
-            _work(way, steps, tapes[i] | states[i + 1]) for i, steps in enumerate(forward)
-        ),
-        cotangent_bytes=tuple(sum(needs.device_bytes[n] for n in names) for names in passing),
-        undo_bytes=tuple(undone),
-        left_bytes=tuple(_left(program, needs.device_bytes, steps) for steps in levels),
+        nbytes=nbytes,
         reads_tape=tuple(
             i == len(levels) - 1 or not made[i].isdisjoint(read_back[i]) for i in range(len(levels))
         ),

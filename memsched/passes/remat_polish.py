@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from memsched.passes.remat_order import Order, repeatable, stays
 from memsched.program import Program
 
-NEVER = 1 << 60
 # Looking for a better order ends after so many were measured: under a second for 60 steps.
 MOST_TRIES = 1500
 # A run that is put in brings its makers along, so many of them one behind the other.
@@ -58,28 +60,80 @@ def compute_s(runs: Runs, order: Order) -> float:
 
 def peak_bytes(runs: Runs, order: Order) -> int:
     """The most that is needed at once when each array is freed right after its last reader."""
-    sizes = runs.sizes
+    return _read_lives(runs, order).peak_bytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lives:
+    """What is held when, in an order. An array and the place where it is made are one version.
+
+    `sources` are the versions that each place reads, `readers` the places that read a version (the
+    end of the order, for what stays), `before` is where an array was made before. `held_bytes`
+    counts what each place takes, its workspace included.
+    """
+
+    runs: Runs
+    order: Order
+    sources: tuple[tuple[tuple[str, int], ...], ...]
+    readers: Mapping[tuple[str, int], Sequence[int]]
+    before: Mapping[tuple[str, int], int]
+    held_bytes: npt.NDArray[np.int64]
+
+    def peak_bytes(self) -> int:
+        """The most that is needed at once."""
+        return self._most(self.held_bytes)
+
+    def peak_without(self, place: int) -> int:
+        """The same if a repeated run is left out."""
+        held, sizes = self.held_bytes.copy(), self.runs.sizes
+        held[place] = 0
+        for name in self.runs.writes[self.order[place]]:
+            if self.readers[name, place]:
+                # Its readers read the version before, which has to stay until then.
+                held[self._end(name, self.before[name, place]) + 1 : place] += sizes[name]
+        for name, made in self.sources[place]:
+            *others, last = made, *self.readers[name, made]
+            if last == place:
+                held[others[-1] + 1 : place] -= sizes[name]
+        return self._most(held)
+
+    def _end(self, name: str, made: int) -> int:
+        """The place of the last reader of a version, or where it is made if there is none."""
+        readers = self.readers[name, made]
+        return readers[-1] if readers else made
+
+    def _most(self, held: npt.NDArray[np.int64]) -> int:
+        given = sum(self.runs.sizes[name] for name in self.runs.given)
+        return max(given, int(held.max(initial=0)))
+
+
+def _read_lives(runs: Runs, order: Order) -> _Lives:
     made_at = dict.fromkeys(runs.given, -1)
-    until: dict[tuple[str, int], int] = {}
+    readers: dict[tuple[str, int], list[int]] = {(name, -1): [] for name in runs.given}
+    before: dict[tuple[str, int], int] = {}
+    sources = []
     for place, index in enumerate(order):
-        for name in runs.reads[index]:
-            until[name, made_at[name]] = place
+        read = tuple((name, made_at[name]) for name in runs.reads[index])
+        for version in read:
+            readers[version].append(place)
+        sources.append(read)
         for name in runs.writes[index]:
+            before[name, place] = made_at.get(name, -1)
             made_at[name] = place
-            until[name, place] = place
+            readers[name, place] = []
     for name in runs.stays:
-        until[name, made_at[name]] = NEVER
-    goes = [0] * len(order)
-    for (name, _), place in until.items():
-        if place != NEVER:
-            goes[place] += sizes[name]
-    held = most = sum(sizes[name] for name in runs.given)
-    held -= sum(sizes[name] for name in runs.given if (name, -1) not in until)
-    for place, index in enumerate(order):
-        held += sum(sizes[name] for name in runs.writes[index])
-        most = max(most, held + runs.program.steps[index].workspace_bytes)
-        held -= goes[place]
-    return most
+        readers[name, made_at[name]].append(len(order))
+    change = [0] * (len(order) + 2)
+    for (name, made), places in readers.items():
+        # What is given and never read need not be there.
+        if places or made >= 0:
+            change[max(made, 0)] += runs.sizes[name]
+            change[(places[-1] if places else made) + 1] -= runs.sizes[name]
+    workspaces = [runs.program.steps[index].workspace_bytes for index in order]
+    held = np.cumsum(np.array(change[: len(order)], dtype=np.int64)) + np.array(
+        workspaces, np.int64
+    )
+    return _Lives(runs, order, tuple(sources), readers, before, held)
 
 
 def polished(runs: Runs, order: Order, room_bytes: int) -> Order:
@@ -123,15 +177,15 @@ def pruned(runs: Runs, order: Order, room_bytes: int, fresh: range = range(0)) -
     Those at the places `fresh` are left out last: others may be left out because of them.
     """
     order, late = _without_idle(runs, order, [place in fresh for place in range(len(order))])
-    places = _repeated(order)
+    places, lives = _repeated(order), _read_lives(runs, order)
     # The longest first; what is left out moves those behind it.
     while places:
         place = max(places, key=lambda at: (not late[at], runs.step_s[order[at]], at))
         places.remove(place)
-        fewer = order[:place] + order[place + 1 :]
-        if peak_bytes(runs, fewer) <= room_bytes:
-            order, late = _without_idle(runs, fewer, late[:place] + late[place + 1 :])
-            places = _repeated(order)
+        if lives.peak_without(place) <= room_bytes:
+            fewer, marks = order[:place] + order[place + 1 :], late[:place] + late[place + 1 :]
+            order, late = _without_idle(runs, fewer, marks)
+            places, lives = _repeated(order), _read_lives(runs, order)
     return order
 
 

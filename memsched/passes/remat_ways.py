@@ -7,17 +7,16 @@ not, and be made again; a stage is one step that always makes its tape; and what
 behind stays.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from memsched.passes.remat_chain import Chain
+from memsched.passes.remat_chain import Chain, Sizes
 
 # What becomes of the stage before which a part begins; see `Part`.
 Leaves = Literal["done", "tape", "nothing"]
+Kind = tuple[bool, Leaves]
 # Parts of the same stages; the first kind is that of the source.
-KINDS: tuple[tuple[bool, Leaves], ...] = (
+KINDS: tuple[Kind, ...] = (
     (False, "done"),
     (False, "tape"),
     (False, "nothing"),
@@ -39,111 +38,92 @@ class Part(NamedTuple):
     held: bool = False
     leaves: Leaves = "done"
 
+    @property
+    def kind(self) -> Kind:
+        """What it is besides its stages."""
+        return self.held, self.leaves
 
-class Way(NamedTuple):
-    """A way to do a part: its stages before `until` run, then `upper` and after it `lower` is done.
 
-    Without a `lower` the way back of the first stage comes last, if it is to be done. `taken` is
-    what lies beside the upper and the lower part, `least` what the rest takes; both in units.
+class Cut(NamedTuple):
+    """How a part is cut in two. The stages before the cut run, `upper` is done, then `lower`.
+
+    The state at the cut stays while the upper part is done; or it goes on the way, and the way back
+    of the stage at the cut belongs to the lower part.
     """
 
-    until: int
-    upper: Part
-    lower: Part | None
-    taken: tuple[int, int]
+    upper: Kind
+    lower: Kind
+    stays: bool
+
+
+class First(NamedTuple):
+    """The first stage of a part runs, the rest is done, then the way back of the first stage.
+
+    `taken` lies beside the rest, `least` is what the first stage takes; both in units.
+    """
+
+    taken: int
     least: int
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of a chain in units, rounded to the nearest: what comes out is measured exactly."""
-
-    state: tuple[int, ...]
-    tape: tuple[int, ...]
-    result: tuple[int, ...]
-    work: tuple[int, ...]
-    cotangent: tuple[int, ...]
-    undo: tuple[int, ...]
-    left: tuple[int, ...]
-
-
-def in_units(chain: Chain, unit: int) -> Sizes:
-    """The sizes of a chain in units of so many bytes."""
-
-    def units(nbytes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(round(one / unit) for one in nbytes)
-
-    return Sizes(
-        units(chain.state_bytes),
-        units(chain.tape_bytes),
-        units(chain.result_bytes),
-        units(chain.work_bytes),
-        units(chain.cotangent_bytes),
-        units(chain.undo_bytes),
-        units(chain.left_bytes),
+def cuts(part: Part) -> tuple[Cut, ...]:
+    """How a part can be cut; the first is that of the source."""
+    held, leaves = part.kind
+    return (
+        Cut((held, "done"), (False, leaves), stays=True),
+        Cut((held, "tape"), (True, leaves), stays=False),
+        Cut((held, "nothing"), (False, leaves), stays=False),
     )
 
 
-def ways(chain: Chain, sizes: Sizes, part: Part) -> Iterator[Way]:
-    """The ways to do a part.
-
-    Its first stage runs, and what it makes is kept; or stages before a cut run, what comes from
-    there on is done, and then what comes before it. Of the stage at the cut the state stays all the
-    time; or it goes, and its way back belongs to what is done last, with its tape kept or not.
-    """
-    first, last, held, leaves = part
-    yield _first(chain, sizes, part)
-    left = list(itertools.accumulate(sizes.left[last:first:-1], initial=0))[::-1]
-    base = 0 if leaves == "done" else sizes.state[first]
-    beside = base + sizes.cotangent[last + 1] + _kept(sizes, part)
-    least, seconds = beside + sizes.work[first], chain.forward_s[first]
-    for cut in range(first + 1, last + 1):
-        upper, lower = Part(cut, last, held), Part(first, cut - 1, False, leaves)
-        taken = (base + sizes.state[cut], left[cut - 1 - first])
-        yield Way(cut, upper, lower, taken, least, seconds)
-        if cut < last:
-            taken = (base, left[cut - first])
-            upper, lower = Part(cut, last, held, "tape"), Part(first, cut, True, leaves)
-            yield Way(cut, upper, lower, taken, least, seconds)
-            upper, lower = Part(cut, last, held, "nothing"), Part(first, cut, False, leaves)
-            yield Way(cut, upper, lower, taken, least, seconds)
-        least = max(least, beside + sizes.state[cut] + sizes.work[cut])
-        seconds += chain.forward_s[cut]
+def before_cuts(chain: Chain, sizes: Sizes, part: Part) -> tuple[list[int], list[float]]:
+    """Units and seconds that the stages before a cut take, for every cut of a part."""
+    stages = range(part.first, part.last)
+    beside = base(sizes, part) + _above(sizes, part)
+    # The first state of a part is counted by whoever is before it.
+    works = (beside + sizes.work[i] + (sizes.state[i] if i > part.first else 0) for i in stages)
+    seconds = (chain.forward_s[i] for i in stages)
+    return list(itertools.accumulate(works, max)), list(itertools.accumulate(seconds))
 
 
-def _first(chain: Chain, sizes: Sizes, part: Part) -> Way:
-    """The first stage runs, then the rest is done; the tape is kept if anybody wants it."""
-    first, last, held, leaves = part
-    base = 0 if leaves == "done" else sizes.state[first]
-    least = base + sizes.cotangent[last + 1] + _kept(sizes, part) + sizes.work[first]
+def first_alone(chain: Chain, sizes: Sizes, part: Part) -> First:
+    """What the first stage of a part takes; its tape is kept if anybody wants it."""
+    first = part.first
+    least = base(sizes, part) + _above(sizes, part) + sizes.work[first]
     seconds = chain.forward_s[first]
-    if leaves == "done":
-        least = max(least, sum(sizes.left[first + 1 : last + 1]) + sizes.undo[first])
+    if part.leaves == "done":
+        least = max(least, sizes.left_above(first) + sizes.undo[first])
         seconds += chain.backward_s[first]
-    tape = 0 if leaves == "nothing" else sizes.tape[first]
-    taken = (tape + sizes.state[first + 1], 0)
-    return Way(first + 1, Part(first + 1, last, held), None, taken, least, seconds)
-
-
-def _kept(sizes: Sizes, part: Part) -> int:
-    """What the last stage of a part has left before."""
-    return sizes.tape[part.last] + sizes.result[part.last] if part.held else 0
+    tape = 0 if part.leaves == "nothing" else sizes.tape[first]
+    return First(tape + sizes.state[first + 1], least, seconds)
 
 
 def single(chain: Chain, sizes: Sizes, part: Part) -> tuple[int, float]:
-    """Memory and seconds of one stage."""
-    stage = part.first
+    """Units and seconds of one stage."""
+    stage, above = part.first, sizes.left_above(part.first)
     least, seconds = 0, 0.0
     if runs(chain, part):
-        state = 0 if part.leaves == "done" else sizes.state[stage]
-        least = state + sizes.cotangent[stage + 1] + sizes.work[stage]
+        least = base(sizes, part) + above + sizes.cotangent[stage + 1] + sizes.work[stage]
         seconds = chain.forward_s[stage]
     if part.leaves == "done":
-        return max(least, sizes.undo[stage]), seconds + chain.backward_s[stage]
+        least = max(least, above + sizes.undo[stage])
+        seconds += chain.backward_s[stage]
     return least, seconds
 
 
 def runs(chain: Chain, part: Part) -> bool:
     """Whether a single stage runs: not if its way back reads nothing of it, or what is there."""
     return chain.reads_tape[part.first] and not part.held and part.leaves != "nothing"
+
+
+def base(sizes: Sizes, part: Part) -> int:
+    """The state before a part, if it is the part that lets it go."""
+    return 0 if part.leaves == "done" else sizes.state[part.first]
+
+
+def _above(sizes: Sizes, part: Part) -> int:
+    """What lies there because of the stages after a part, and of its last one if that ran."""
+    last = part.last
+    held = sizes.tape[last] + sizes.result[last] if part.held else 0
+    return sizes.left_above(last) + sizes.cotangent[last + 1] + held
