@@ -124,22 +124,26 @@ def _planned(needs: Needs, order: Order, planner: Planner, limit_s: float) -> Pl
 def _is_rescuable(needs: Needs) -> bool:
     """Whether each step fits by itself, and arrays that can be made again take much room."""
     least = needs.largest_step_bytes + value_budgets(needs).spilled
-    return least <= needs.device_capacity_bytes and _much_is_idle(needs)
+    return least <= needs.device_capacity_bytes and _is_much(needs, _idle_bytes(needs))
 
 
 def _promising(needs: Needs, plan: Plan) -> bool:
-    """Whether a plan waits for something, and arrays that can be made again take much room."""
-    if _seconds(needs, plan) <= sum(needs.step_s):
+    """Whether a plan waits for something, and arrays that can be made again take room.
+
+    Much room, if no values are moved.
+    """
+    program, idle_bytes = needs.program, _idle_bytes(needs)
+    if not idle_bytes:
         return False
-    program = needs.program
     moved = (action.array for action in plan.actions if isinstance(action, Copy))
-    if any(program.arrays[name].kind != "weight" for name in moved):
-        return True
-    return _much_is_idle(needs)
+    values_move = any(program.arrays[name].kind != "weight" for name in moved)
+    if not values_move and not _is_much(needs, idle_bytes):
+        return False
+    return _seconds(needs, plan) > sum(needs.step_s)
 
 
-def _much_is_idle(needs: Needs) -> bool:
-    return _idle_bytes(needs) > WORTH_TRYING * needs.device_capacity_bytes
+def _is_much(needs: Needs, nbytes: int) -> bool:
+    return nbytes > WORTH_TRYING * needs.device_capacity_bytes
 
 
 def _idle_bytes(needs: Needs) -> int:

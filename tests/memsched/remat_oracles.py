@@ -122,7 +122,7 @@ def exact_seconds(needs: Needs, room: int, again: int, below: float = math.inf) 
 
 def two_moments_seconds(needs: Needs, room: int, layers: int, *, reads_result: bool) -> float:
     """A bound for chains of `there_and_back`: the best for the loss and one more moment each."""
-    chain = _Chain(needs, room, layers, reads_result)
+    chain = ChainUnits(needs, room, layers, reads_result)
     return sum(needs.step_s) + max(chain.again_s(stage) for stage in range(1, layers - 1))
 
 
@@ -130,7 +130,7 @@ def two_moments_seconds(needs: Needs, room: int, layers: int, *, reads_result: b
 Option = tuple[int, int, float]
 
 
-class _Chain:
+class ChainUnits:
     """A chain of `there_and_back`, its sizes in units."""
 
     def __init__(self, needs: Needs, room: int, layers: int, reads_result: bool) -> None:

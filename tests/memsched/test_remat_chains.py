@@ -1,7 +1,7 @@
 """Chains there and back take the least time, or at most a hundredth more.
 
-Shorter ones against searches of all schedules; those of up to 60 steps against a bound, and, where
-there is less room, against known optima of chains with sizes all alike.
+Shorter ones against searches of all schedules; those of up to 60 steps against bounds, and against
+known optima of chains with sizes all alike. `remat_bound` says how to try many more.
 """
 
 import functools
@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+from remat_bound import none_below
 from remat_chains import UNIT, needs_of, rooms, there_and_back, without_tapes
 from remat_oracles import exact_seconds, two_moments_seconds
 
@@ -128,6 +129,38 @@ def test_chains_of_up_to_60_steps_take_at_most_a_hundredth_more_than_a_bound(
         found = seconds(needs, room)
         assert sum(needs.step_s) < bound <= found * ROUNDING
         assert found <= GAP * bound
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_time_that_a_schedule_takes_is_ruled_out(seed: int) -> None:
+    layers, reads_result = 3 + seed % 3, bool(seed % 2)
+    needs = needs_of(there_and_back(seed, layers, reads_result=reads_result))
+    for room in rooms(needs, (0.0, 0.2, 0.4, 0.6)):
+        least = exact_seconds(needs, room, layers)
+        ruled_out = none_below(needs, room, layers, least * 1.0001, reads_result=reads_result)
+        assert least == math.inf or not ruled_out
+        assert none_below(needs, room, layers, sum(needs.step_s), reads_result=reads_result)
+
+
+@pytest.mark.parametrize(
+    ("seed", "layers", "reads_result", "loose"),
+    [
+        (0, 10, False, True),
+        (3, 10, True, False),
+        (1, 14, True, False),
+        (2, 20, False, False),
+        (1, 29, False, True),
+    ],
+)
+def test_no_schedule_in_little_room_is_faster_by_more_than_a_hundredth(
+    seed: int, layers: int, reads_result: bool, loose: bool
+) -> None:
+    made = there_and_back(seed, layers, reads_result=reads_result, loose=loose)
+    needs = needs_of(made)
+    for room in rooms(needs, (0.2, 0.3, 0.4)):
+        found = seconds(needs, room)
+        assert sum(needs.step_s) < found / GAP < math.inf
+        assert none_below(needs, room, layers, found / GAP, reads_result=reads_result)
 
 
 def recursion_seconds(needs: Needs, room: int, layers: int) -> float:
