@@ -28,7 +28,7 @@ from memsched.passes.remat_ways import (
 # Memory is counted in units of which the room has so many, or in a unit that divides all sizes.
 UNITS = 512
 MOST_UNITS = 2048
-# Fewer units where more numbers would be room for one kind of part than this (half are used).
+# No more numbers than this for one kind of part: chains of over 180 stages have larger units.
 MOST_NUMBERS = 16_000_000
 # In a longer chain a state stays until its way back is done.
 LONGEST = 40
