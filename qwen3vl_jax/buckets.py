@@ -1,5 +1,7 @@
 """Shapes are rounded up to buckets, so that a new size rarely means a new program."""
 
+PREFILL_CHUNK = 512  # tokens: fewer read the weights too often, more need more workspace
+
 
 def bucket(count: int, smallest: int) -> int:
     """`count` rounded up to 4, 5, 6 or 7 times a power of two, at least `smallest`.

@@ -35,13 +35,14 @@ class LayerCache:
 @dataclasses.dataclass(frozen=True, slots=True)
 class CacheForm:
     """Of what form a cache shall be made: of rows of `dtype`, and in blocks of `block_slots`, if
-    that is not None.
+    that is not None. `chunk_tokens` is as in `KVCache`.
     """
 
     batch: int
     capacity: int
     dtype: np.dtype
     block_slots: int | None = None
+    chunk_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class KVCache:
     use. `next_position` is the rotary position of each row's next token.
 
     In the long form (`long_cache`) `full` has the full blocks of every layer, `layers` the current
-    one.
+    one. `chunk_tokens` of a prompt pass through the layers at once; None: as many as is usual.
     """
 
     layers: tuple[LayerCache, ...] | tuple[Blocks, ...]
@@ -60,6 +61,7 @@ class KVCache:
     length: int
     next_position: Int[np.ndarray, " B"]
     full: tuple[tuple[Any, ...], ...] | None = None
+    chunk_tokens: int | None = None
 
     @property
     def batch(self) -> int:

@@ -21,8 +21,10 @@ def empty_cache(config: TextConfig, form: CacheForm) -> KVCache:
         "dtype": form.dtype,
     }
     if form.block_slots is None:
-        return new_cache(config, **settings)
-    return new_long_cache(config, slots=form.block_slots, **settings)
+        made = new_cache(config, **settings)
+    else:
+        made = new_long_cache(config, slots=form.block_slots, **settings)
+    return dataclasses.replace(made, chunk_tokens=form.chunk_tokens)
 
 
 def shortened(cache: KVCache, tokens: int) -> KVCache:

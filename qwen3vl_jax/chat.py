@@ -136,7 +136,9 @@ class Chat:
         check_positions(model, tokens, self._settings.max_new_tokens)
         if session is None:
             self._session = None  # Two caches at once may not fit.
-            session = self._session = Session(model, batch=1, capacity=capacity)
+            session = self._session = Session(
+                model, batch=1, capacity=capacity, prompt_tokens=tokens
+            )
         elif capacity > session.capacity:
             # A larger cache is a new shape and compiles anew, so it should last for some turns.
             capacity = min(2 * capacity, model.config.text.max_position_embeddings)

@@ -52,10 +52,15 @@ class Session:
     An answer's last token has not been fed to the model: it is `unfed` and opens the next prompt.
     """
 
-    def __init__(self, model: Any, *, batch: int, capacity: int) -> None:
+    def __init__(
+        self, model: Any, *, batch: int, capacity: int, prompt_tokens: int | None = None
+    ) -> None:
+        """Makes the cache; `prompt_tokens` are those of the first prompt, if that is known."""
         self._model = model
         self._seen = np.zeros((batch, model.config.text.vocab_size), bool)
-        self._cache: Any = model.new_cache(batch=batch, capacity=capacity)
+        self._cache: Any = model.new_cache(
+            batch=batch, capacity=capacity, prompt_tokens=prompt_tokens
+        )
         self._logits: Float[Array, "batch vocab"] | None = None
         self._drawn = 0
         self._told = [array.array("i") for _ in range(batch)]
@@ -224,7 +229,7 @@ def generate(
     check_positions(model, tokens, settings.max_new_tokens)
     answer = np.full((batch, total), settings.padding, ids.dtype)
     answer[:, :tokens] = ids
-    session = Session(model, batch=batch, capacity=total)
+    session = Session(model, batch=batch, capacity=total, prompt_tokens=tokens)
     try:
         if streamer is not None:
             streamer.put(ids)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qwen3vl_jax import text
-from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.buckets import PREFILL_CHUNK, bucket
 from qwen3vl_jax.cache import KVCache
 from qwen3vl_jax.cache_forms import check_room, empty_cache, larger, shortened
 from qwen3vl_jax.checkpoints.encodings import resting_bytes
@@ -32,7 +32,7 @@ from qwen3vl_jax.network import (
     named_arrays,
     network_from_arrays,
 )
-from qwen3vl_jax.parameters import Source, draw_all, kv_of, named_dtype, read_all, source_of
+from qwen3vl_jax.parameters import Source, draw_all, named_dtype, read_all, source_of
 from qwen3vl_jax.phases import Direct, Runner, phases
 from qwen3vl_jax.prefill import encode, prefill
 from qwen3vl_jax.progress import Display
@@ -81,6 +81,8 @@ class Qwen3VL:
         prompt_cache: str | Path | None = None,
         prompt_cache_space: int | str | None = None,
         kv: str | None = None,
+        kv_blocks: str = "needed",
+        chunk: int | str = PREFILL_CHUNK,
         display: Display | None = None,
     ) -> "Qwen3VL":
         """Loads a Hugging Face directory, a converted store or an Orbax checkpoint, array by array.
@@ -108,6 +110,8 @@ class Qwen3VL:
                 for it; answers stay the same.
             prompt_cache_space: how much of that; by default 4 GB.
             kv: how caches are stored: "raw", or "int8" in half the bytes; None: as the level says.
+            kv_blocks, chunk: as --kv-blocks and --chunk of scripts. They change bits, as a larger
+                batch does. What is left to plans is planned.
             display: shows how an encoded store is made (`progress`); by default on a terminal only.
 
         Raises:
@@ -119,11 +123,12 @@ class Qwen3VL:
         from qwen3vl_jax.planned.recalling import keep_prompts
 
         memory = (device_memory, host_memory, nvme_dir, nvme_space)
-        budgets = Budgets(*memory, level, machine, max_context, plan_seconds, kv)
+        budgets = Budgets(*memory, level, machine, max_context, plan_seconds, kv, kv_blocks, chunk)
         model = None
         if not budgets.asked:
             source = source_of(path, dtype, codec, level)
-            model = cls._of_memory(source, load_settings(path), vocab_blocks, kv_of(kv, level))
+            forms = {"kv": budgets.forms["kv"], "chunk_tokens": chunk}
+            model = cls._of_memory(source, load_settings(path), vocab_blocks, forms)
         model = model or load(path, dtype=dtype, budgets=budgets, codec=codec, display=display)
         if prompt_cache is not None:
             keep_prompts(model, path, prompt_cache, prompt_cache_space, encoded_by=(codec, level))
@@ -131,7 +136,7 @@ class Qwen3VL:
 
     @classmethod
     def _of_memory(
-        cls, source: Source, settings: GenerationSettings, vocab_blocks: int, kv: str
+        cls, source: Source, settings: GenerationSettings, vocab_blocks: int, forms: Any
     ) -> "Qwen3VL | None":
         """A model with all weights in memory; None if they do not fit what is free."""
         from qwen3vl_jax.planned.loading import fits
@@ -142,7 +147,7 @@ class Qwen3VL:
             return None
         empty = abstract_network(source.config, dtype=source.dtype, vocab_rows=rows)
         network = network_from_arrays(empty, read_all(source, entries))
-        return cls(source.config, network, settings, runner=Direct(network, kv=kv))
+        return cls(source.config, network, settings, runner=Direct(network, **forms))
 
     @classmethod
     def random(
@@ -205,14 +210,22 @@ class Qwen3VL:
         positions, rows, valid = tokens.positions, tokens.feature_rows, tokens.valid
         return self.run_phase("forward", x, positions, rows, features, valid)[:, :count]
 
-    def new_cache(self, *, batch: int, capacity: int, block_slots: int | None = None) -> KVCache:
+    def new_cache(
+        self,
+        *,
+        batch: int,
+        capacity: int,
+        block_slots: int | None = None,
+        prompt_tokens: int | None = None,
+    ) -> KVCache:
         """An empty KV cache for `batch` rows of at least `capacity` tokens.
 
         Args:
             block_slots: makes one in blocks of so many tokens; by default a model does that whose
                 plans have no room for a plain one.
+            prompt_tokens: those that each row is about to get, for what is chosen by prediction.
         """
-        form = self._runner.expect(batch, capacity)
+        form = self._runner.expect(batch, capacity, prompt_tokens)
         if block_slots is not None:
             form = dataclasses.replace(form, block_slots=block_slots)
         return empty_cache(self.config.text, form)
@@ -231,7 +244,8 @@ class Qwen3VL:
         if cache is None or cache.length > 0:
             self.prompt_cache.latest = None
             return None
-        return self.prompt_cache.recall(self.config, inputs, cache, self._runner.chunk_tokens)
+        chunk_tokens = cache.chunk_tokens or self._runner.chunk_tokens
+        return self.prompt_cache.recall(self.config, inputs, cache, chunk_tokens)
 
     def encode(self, inputs: Mapping[str, Any], *, recall: Recall | None = None) -> Features | None:
         """Runs all pictures and videos of `inputs` through the vision tower; None without any.
@@ -261,16 +275,14 @@ class Qwen3VL:
 
         Args:
             features: what `encode` returned for these inputs; computed here when None.
-            chunk_tokens: how many tokens pass through the layers at once; None lets the runner
-                choose.
+            chunk_tokens: how many tokens pass through the layers at once; None: as was chosen.
             recall: what `recall` returned for these inputs and this cache; with the features that
                 `encode` made for it.
 
         Raises:
             UsageError: the cache has no room, or the arrays do not belong together.
         """
-        size = self._runner.chunk_tokens if chunk_tokens is None else chunk_tokens
-        return prefill(self, inputs, cache, features, size, recall)
+        return prefill(self, inputs, cache, features, chunk_tokens, recall)
 
     def decode(
         self, token_ids: Int[np.ndarray, " B"], cache: KVCache

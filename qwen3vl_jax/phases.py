@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qwen3vl_jax import text, vision
 from qwen3vl_jax.arrays import AnyArray
+from qwen3vl_jax.buckets import PREFILL_CHUNK
 from qwen3vl_jax.cache import CacheForm, LayerCache
 from qwen3vl_jax.cache_rows import Blocks, row_dtype
 from qwen3vl_jax.config import Config
@@ -33,8 +34,6 @@ from qwen3vl_jax.network import (
     named_arrays,
     through_layers,
 )
-
-PREFILL_CHUNK = 512  # tokens: fewer read the weights too often, more need more workspace
 
 Caches = tuple[LayerCache, ...]
 
@@ -236,8 +235,11 @@ class Runner(Protocol):
 
     chunk_tokens: int
 
-    def expect(self, batch: int, capacity: int) -> CacheForm:
-        """Says that a KV cache of at least this size is about to be made; returns of what form."""
+    def expect(self, batch: int, capacity: int, prompt_tokens: int | None = None) -> CacheForm:
+        """Says that a KV cache of at least this size is about to be made; returns of what form.
+
+        `prompt_tokens` are those of each row that it is about to get; None: nobody knows.
+        """
 
     def seal(self, name: str, block: Blocks) -> tuple[Any, Blocks]:
         """Takes a full block: returns what phases shall get of it, and an array for the next."""
@@ -264,15 +266,16 @@ class Runner(Protocol):
 class Direct:
     """The plain `Runner`: all weights on the default device, every phase called as it is."""
 
-    chunk_tokens = PREFILL_CHUNK
-
-    def __init__(self, network: Qwen3VLNetwork, *, kv: str = "raw") -> None:
+    def __init__(
+        self, network: Qwen3VLNetwork, *, kv: str = "raw", chunk_tokens: int = PREFILL_CHUNK
+    ) -> None:
         """`kv` is how caches are stored: raw or int8."""
+        self.chunk_tokens = chunk_tokens
         self._network = network
         self._rows = row_dtype(kv, network.language_model.norm.weight.get_value().dtype)
         self._layers = text.flat_layers(network.language_model.layers)
 
-    def expect(self, batch: int, capacity: int) -> CacheForm:
+    def expect(self, batch: int, capacity: int, prompt_tokens: int | None = None) -> CacheForm:
         """Nothing is reserved, and no cache is cut into blocks."""
         return CacheForm(batch, capacity, self._rows)
 

@@ -50,7 +50,7 @@ def prefill(
     inputs: Mapping[str, Any],
     cache: KVCache,
     features: Features | None,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     recall: Recall | None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Scores after each row's last real token, and the next cache; see `Qwen3VL.prefill`."""
@@ -60,7 +60,8 @@ def prefill(
     check_room(len(tokens.input_ids), count, cache)
     features = encode(model, inputs, recall) if features is None else features
     kept = jnp.zeros((cache.batch, 1, model.config.text.hidden_size), model.dtype)
-    cuts = tuple(parts(count, cache, chunk_tokens)) if recall is None else recall.parts
+    size = chunk_tokens or cache.chunk_tokens or model.runner.chunk_tokens
+    cuts = tuple(parts(count, cache, size)) if recall is None else recall.parts
     for index, part in enumerate(cuts):
         cache = with_room(cache, model.runner.seal)
         if recall is not None and recall.chunks[index].restored:

@@ -21,6 +21,7 @@ from qwen3vl_jax.planned.options import add_budget_options, budget_arguments, sa
 
 if TYPE_CHECKING:
     from memsched.aot import Compiler
+    from qwen3vl_jax.planned.loading import Budgets
     from qwen3vl_jax.planned.request import Request
 
 MOST_DIGITS = 18
@@ -211,7 +212,8 @@ def plan(options: argparse.Namespace) -> int:
     if options.save_plan is not None:
         check_target(options.save_plan)
     compiler = _compiler(options.machine) if options.aot else None
-    budgets, request = Budgets(**budget_arguments(options)), _request(options)
+    budgets = Budgets(**budget_arguments(options))
+    request = _request(options, budgets)
     config, encodings = described(options.model)
     how: dict[str, Any] = {"dtype": options.dtype, "encodings": encodings}
     if options.batch == AUTO:
@@ -239,8 +241,7 @@ def _compiler(machine: Path) -> "Compiler":
     return Compiler(absent_device(load_machine(machine)), say)
 
 
-def _request(options: argparse.Namespace) -> "Request":
-    from qwen3vl_jax.parameters import kv_of
+def _request(options: argparse.Namespace, budgets: "Budgets") -> "Request":
     from qwen3vl_jax.planned.request import Request
 
     return Request(
@@ -249,7 +250,7 @@ def _request(options: argparse.Namespace) -> "Request":
         tuple(options.images),
         options.batch or 1,
         options.max_context,
-        kv=kv_of(options.kv, options.level),
+        **budgets.forms,
     )
 
 
@@ -288,7 +289,7 @@ def _sweep(options: argparse.Namespace) -> int:
     points = run_sweep(
         sweep,
         config,
-        _request(options),
+        _request(options, budgets),
         machine,
         dtype,
         console.say,

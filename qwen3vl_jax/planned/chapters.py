@@ -17,6 +17,7 @@ from qwen3vl_jax.planned.forecast_data import (
     tokens_of,
     workspaces,
 )
+from qwen3vl_jax.planned.request import form_text
 from qwen3vl_jax.planned.runner import PlannedRunner
 
 
@@ -86,10 +87,20 @@ def run_chapters(
     return chapters
 
 
+def run_form(runner: PlannedRunner) -> str:
+    """How the newest KV cache lies, and in what chunks its prompts are read."""
+    cache = runner.timetable.cache
+    return form_text(None if cache is None else cache.block_slots, runner.chunk_tokens)
+
+
 def run_cover(runner: PlannedRunner, cost: CostModel) -> Cover:
     """What is said of a model."""
     return Cover(
         title=f"{runner.config.model_type}, {runner.dtype.name}, on {runner.machine.name}",
         lines=("after a run; measured are the newest passes",),
-        assumptions={"seconds": describe(cost), "beside the plan": BESIDE_THE_PLAN},
+        assumptions={
+            "seconds": describe(cost),
+            "kv_form": run_form(runner),
+            "process": BESIDE_THE_PLAN,
+        },
     )

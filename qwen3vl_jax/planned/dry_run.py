@@ -26,9 +26,9 @@ from qwen3vl_jax.checkpoints.selection import level_of
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.model import Qwen3VL
-from qwen3vl_jax.parameters import kv_of, named_dtype
+from qwen3vl_jax.parameters import named_dtype
 from qwen3vl_jax.planned.batches import Batches, batches_text, batches_view
-from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover
+from qwen3vl_jax.planned.chapters import forecast_chapters, forecast_cover, run_form
 from qwen3vl_jax.planned.choosing import Chosen, candidates
 from qwen3vl_jax.planned.forecast import Forecast, explained, forecast
 from qwen3vl_jax.planned.forecast_data import assumptions, forecast_dict, refusal_dict
@@ -159,7 +159,7 @@ def dry_run_of(
 ) -> DryRun:
     """What a checkpoint would take for a processor's arrays and an answer of so many tokens."""
     (config, encodings), limits = described(path), Budgets(**budgets)
-    request = request_of(config, inputs, new_tokens, kv_of(limits.kv, limits.level))
+    request = request_of(config, inputs, new_tokens, **limits.forms)
     return dry_run(config, request, limits, dtype=dtype, encodings=encodings)
 
 
@@ -258,6 +258,7 @@ def run_figures(model: Qwen3VL) -> dict[str, Any]:
         "read_bytes": runner.executor.read_bytes,
         "written_bytes": runner.executor.written_bytes,
         "predicted": predicted_figures(runner, PlanReport(runner).cost),
+        "kv_form": run_form(runner),
         "plan_digest": plan_digest(decode.plan) if decode else None,
     }
 

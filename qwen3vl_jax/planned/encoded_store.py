@@ -23,7 +23,7 @@ from qwen3vl_jax.checkpoints.selection import Chooser, Selection, smallest
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.planned.choosing import Chosen, candidates, chooser_for, chosen
 from qwen3vl_jax.planned.forecast import forecast
-from qwen3vl_jax.planned.request import Request
+from qwen3vl_jax.planned.request import Request, usual_split
 from qwen3vl_jax.progress import Display
 
 # Room that a choice leaves for a cache, if nobody says for how many tokens.
@@ -134,8 +134,7 @@ def _told(work: _Work, target: Path) -> str:
 def _request(config: Config, max_context: int | None) -> Request:
     """A prompt and an answer for the context that is asked for, or a usual one."""
     tokens = min(max_context or USUAL_CONTEXT, config.text.max_position_embeddings)
-    new = max(1, tokens // 5)
-    return Request(max(1, tokens - new), new, max_context=max_context)
+    return Request(*usual_split(tokens), max_context=max_context)
 
 
 def _chooser(work: _Work) -> Chooser:

@@ -5,9 +5,8 @@ A request is passed through the same phases, in the same shapes, as the model it
 
 import dataclasses
 import functools
-import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,11 @@ import numpy as np
 from memsched.aot import Compiler
 from memsched.collector import uncollected
 from memsched.cost import CostModel, Roofline
-from memsched.cost import plan_seconds as seconds_of
 from memsched.cost.contention import BesideCopies
 from memsched.errors import DoesNotFitError
 from memsched.machine import DEVICE, NVME, Machine
 from memsched.passes.baselines import baselines
-from memsched.passes.bridge import bridge
-from memsched.plan import Plan, Residence
+from memsched.plan import Plan
 from memsched.referee import verify
 from memsched.report import Summary, summarize
 from memsched.report.what_if import gains_s
@@ -29,12 +26,14 @@ from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import Granularity
 from qwen3vl_jax.planned.budgets import smallest_budgets
+from qwen3vl_jax.planned.forms import Setting, Tracers, blocks_worth_naming_s, choose
 from qwen3vl_jax.planned.granularity import choose_granularity, finest, vocab_blocks, vocab_rows
-from qwen3vl_jax.planned.long_requests import with_blocks
+from qwen3vl_jax.planned.long_requests import borders_s, with_blocks
+from qwen3vl_jax.planned.options import NEVER
 from qwen3vl_jax.planned.programs import Traced
 from qwen3vl_jax.planned.request import Request
-from qwen3vl_jax.planned.turns import planned_together
-from qwen3vl_jax.planned.works import Tracer, Work, traced_request, works_of
+from qwen3vl_jax.planned.turns import moving_s, planned_together
+from qwen3vl_jax.planned.works import Work, traced_request, works_of
 
 # The way that is not among the predicted ones where it does not fit.
 RESIDENT = "resident"
@@ -67,11 +66,31 @@ class Forecast:
     request: Request
     dtype: str
     cost: CostModel
+    encodings: Encodings
     granularity: Granularity
     passes: tuple[Pass, ...]
     smallest_bytes: Mapping[str, int]
     plan_seconds: float
     plan_cpu_seconds: float
+
+    @functools.cached_property
+    def seconds(self) -> float:
+        """From all weights in files to the last token."""
+        passes_s = sum(one.work.count * one.summary.seconds + one.moving_s for one in self.passes)
+        return passes_s + self.borders_s(
+            self.request.prompt_length(self.config) + self.request.new_tokens
+        )
+
+    @functools.cached_property
+    def in_blocks_s(self) -> float | None:
+        """`seconds` with the KV cache in blocks, where that is worth naming."""
+        what = self.config, self.machine, np.dtype(self.dtype), self.cost, self.encodings
+        return blocks_worth_naming_s(Setting(*what), self.request, self.seconds)
+
+    def borders_s(self, tokens: int) -> float:
+        """Seconds that so many tokens of each row spend at borders of blocks of their cache."""
+        what = self.config, np.dtype(self.dtype), self.machine, self.cost
+        return borders_s(self.request, *what, tokens)
 
     def of_part(self, part: str) -> tuple[Pass, ...]:
         """The passes of "vision", "prefill" or "decode"."""
@@ -97,15 +116,16 @@ def forecast(
     *,
     dtype: np.dtype,
     cost: CostModel | None = None,
-    tracer: Tracer | None = None,
+    tracers: Tracers | None = None,
     compiler: Compiler | None = None,
     encodings: Encodings = NOTHING_ENCODED,
     plan_seconds: float | None = None,
 ) -> Forecast:
-    """Plans a request, and predicts what its plans and some plainer ways take.
+    """Plans a request, and predicts what its plans and some plainer ways take. What the request
+    leaves open is chosen first (`forms.choose`).
 
     Args:
-        tracer: what `traced_request` gave for this request, to plan it again without tracing.
+        tracers: what gives the passes of a request as programs; by default they are traced anew.
         compiler: says what workspace steps take; by default it is estimated.
         encodings: of weights that rest encoded.
         plan_seconds: as for `compile_phases`.
@@ -118,8 +138,13 @@ def forecast(
     """
     started_s = time.perf_counter(), time.process_time()
     cost = cost or Roofline()
+    setting = Setting(config, machine, dtype, cost, encodings)
+    request = choose(setting, request, tracers)
     works = works_of(config, request, dtype)
-    tracer = tracer or traced_request(config, request, dtype, compiler, encodings)
+    if tracers is None:
+        tracer = traced_request(config, request, dtype, compiler, encodings)
+    else:
+        tracer = tracers(request)
     device_bytes = machine.tier(DEVICE).capacity_bytes
     granularity = choose_granularity(config, dtype, device_bytes, encodings)
     traced = tracer(granularity, vocab_blocks(config, dtype, device_bytes, encodings))
@@ -131,15 +156,17 @@ def forecast(
     try:
         plans = planned_together(programs, machine, cost, plan_seconds)
     except DoesNotFitError:
-        in_blocks = with_blocks(request, config, dtype, machine)
-        if in_blocks is None:
-            raise _refusal(smallest.checked(), machine) from None
+        cut = with_blocks(request, config, dtype, machine)
+        if cut is None or request.kv_blocks == NEVER:
+            raise _refusal(smallest.checked(), machine, never_cut=cut is not None) from None
         how: dict[str, Any] = {"cost": cost, "compiler": compiler, "encodings": encodings}
-        return forecast(config, machine, in_blocks, dtype=dtype, plan_seconds=plan_seconds, **how)
+        how |= {"tracers": tracers, "plan_seconds": plan_seconds}
+        return forecast(config, machine, cut, dtype=dtype, **how)
     found = _passes(works, traced, plans, machine, cost, encodings, plan_seconds)
     taken_s = time.perf_counter() - started_s[0], time.process_time() - started_s[1]
     return Forecast(
-        config, machine, request, dtype.name, cost, granularity, found, smallest.nbytes, *taken_s
+        *(config, machine, request, dtype.name, cost, encodings, granularity, found),
+        *(smallest.nbytes, *taken_s),
     )
 
 
@@ -160,8 +187,8 @@ def _passes(
         others = other_ways(one, machine, cost, plan_seconds) if work is works[-1] else {}
         summary = with_codecs(summarize(plan, one.program, machine, cost, others), encodings)
         before = found[-1].plan.exit if found else ()
-        moving_s = _moving_s(before, one, plan, machine, cost)
-        found.append(Pass(work, one, plan, summary, moving_s))
+        moved_s = moving_s(before, one.program, plan, machine, cost)
+        found.append(Pass(work, one, plan, summary, moved_s))
     return tuple(found)
 
 
@@ -209,23 +236,12 @@ def other_ways(
     return {RESIDENT: None, **{name: way.seconds for name, way in found.items()}}
 
 
-def _moving_s(
-    before: Iterable[Residence], traced: Traced, plan: Plan, machine: Machine, cost: CostModel
-) -> float:
-    """Seconds to bring weights to where a plan expects them."""
-    weights = {name: spec for name, spec in traced.program.arrays.items() if spec.kind == "weight"}
-    home = [Residence(name, NVME) for name in weights]
-    now, then = (
-        [rest for rest in rests if rest.tier != NVME and rest.array in weights]
-        for rests in (before, plan.entry)
-    )
-    order = list(dict.fromkeys(itertools.chain(*(s.reads for s in traced.program.steps))))
-    program, moves = bridge([*home, *now], [*home, *then], weights, machine, order)
-    return seconds_of(moves, program, machine, cost)
+def _refusal(smallest: Mapping[str, int], machine: Machine, *, never_cut: bool) -> DoesNotFitError:
+    """Names every tier that is too small, and what works.
 
-
-def _refusal(smallest: Mapping[str, int], machine: Machine) -> DoesNotFitError:
-    """Names every tier that is too small, and what works."""
+    Args:
+        never_cut: whether its cache could be in blocks, were it allowed.
+    """
     short = {
         name: nbytes
         for name, nbytes in smallest.items()
@@ -236,4 +252,5 @@ def _refusal(smallest: Mapping[str, int], machine: Machine) -> DoesNotFitError:
         for name, nbytes in short.items()
     )
     flags = " and ".join(f"--{name}-{'space' if name == NVME else 'memory'}" for name in short)
-    return DoesNotFitError(f"this request needs at least {wanted}; raise {flags}", smallest)
+    way = ", or drop --kv-blocks never" if never_cut else ""
+    return DoesNotFitError(f"this request needs at least {wanted}; raise {flags}{way}", smallest)

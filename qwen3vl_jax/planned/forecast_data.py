@@ -12,7 +12,6 @@ from memsched.machine import Machine
 from memsched.report import Summary
 from memsched.report import to_dict as summaries_to_dict
 from qwen3vl_jax.config import Config
-from qwen3vl_jax.phases import PREFILL_CHUNK
 from qwen3vl_jax.planned.forecast import Forecast, Pass
 from qwen3vl_jax.planned.request import Request
 
@@ -47,6 +46,7 @@ def forecast_dict(found: Forecast) -> dict[str, Any]:
         "tokens_per_s": tokens_per_s(found),
         "first_token_seconds": first_token_seconds(found),
         "request_seconds": request_seconds(found),
+        "request_seconds_in_blocks": found.in_blocks_s,
         "assumptions": forecast_assumptions(found)
         | {
             "prompt_length": found.request.prompt_length(found.config),
@@ -145,7 +145,8 @@ def assumptions(
         "flops_per_s": machine.compute.flops_per_s,
         "dtype": dtype,
         "request": dataclasses.asdict(request),
-        "chunk_tokens": PREFILL_CHUNK,
+        "chunk_tokens": request.chunk_tokens if request.decided else request.chunk,
+        "kv_form": request.form_text,
         "seconds": describe(cost),
         "prices": "tokens/s by the bound: 1 GB more of a tier; disk, bus, compute twice as fast",
         "workspace": workspace_source(machine, compiled=compiled),
@@ -202,12 +203,13 @@ def tokens_per_s(found: Forecast) -> float:
 def first_token_seconds(found: Forecast) -> float:
     """From all weights in files to the scores of each row's first new token."""
     before = [one for one in found.passes if one.work.part != "decode"]
-    return sum(one.work.count * one.summary.seconds + one.moving_s for one in before)
+    passes_s = sum(one.work.count * one.summary.seconds + one.moving_s for one in before)
+    return passes_s + found.borders_s(found.request.prompt_length(found.config))
 
 
 def request_seconds(found: Forecast) -> float:
     """From all weights in files to the last token."""
-    return sum(one.work.count * one.summary.seconds + one.moving_s for one in found.passes)
+    return found.seconds
 
 
 def rate_gains(found: Forecast) -> dict[str, float]:

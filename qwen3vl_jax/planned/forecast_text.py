@@ -51,6 +51,8 @@ def _headline(found: Forecast) -> list[RenderableType]:
     return [
         line(f"{found.config.model_type}, {found.dtype}, on {found.machine.name}", "bold"),
         line(f"  {request_text(found)}"),
+        line(f"  {found.request.form_text}"),
+        *_other_form(found),
         line(
             f"  planned in {found.plan_seconds:.2f} s ({found.plan_cpu_seconds:.2f} s of CPU); "
             f"the whole request takes {seconds_text(request_seconds(found))}"
@@ -66,6 +68,15 @@ def _headline(found: Forecast) -> list[RenderableType]:
         line(""),
         *_workspaces(found),
     ]
+
+
+def _other_form(found: Forecast) -> Sequence[RenderableType]:
+    """That blocks would be faster, if they would be."""
+    seconds = found.in_blocks_s
+    if seconds is None:
+        return ()
+    way = "in blocks it would take", "with --kv-blocks faster, and be rounded in another way"
+    return (line(f"  {way[0]} {seconds_text(seconds)} {way[1]}"),)
 
 
 def _speed(found: Forecast) -> Sequence[RenderableType]:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from memsched.profiles import load_machine
 from memsched.sizes import parse_size
 from memsched.stores import heap
 from memsched.stores.blocks import Block, StoredArray
+from qwen3vl_jax.buckets import PREFILL_CHUNK
 from qwen3vl_jax.checkpoints.opening import Checkpoint, described, open_checkpoint
 from qwen3vl_jax.checkpoints.selection import level_of
 from qwen3vl_jax.config import Config
@@ -27,7 +29,7 @@ from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import kv_of, named_dtype
 from qwen3vl_jax.planned.encoded_store import Place, encoded_store
 from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_blocks
-from qwen3vl_jax.planned.options import LEVELS
+from qwen3vl_jax.planned.options import ALWAYS, AUTO, FASTER, LEVELS, NEEDED, NEVER, check_forms
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.shapes import check_context
@@ -51,12 +53,26 @@ class Budgets:
     max_context: int | None = None
     plan_seconds: float | None = None
     kv: str | None = None
+    kv_blocks: str = NEEDED
+    chunk: int | str = PREFILL_CHUNK
+
+    def __post_init__(self) -> None:
+        check_forms(self.kv_blocks, self.chunk)
 
     @property
     def asked(self) -> bool:
-        """Whether anything is limited, so that a plan is wanted."""
-        limits = dataclasses.replace(self, plan_seconds=None, level="minimal", kv=None)
-        return limits != Budgets()
+        """Whether anything is limited or left to plans, so that a plan is wanted."""
+        if self.chunk == AUTO or self.kv_blocks not in (NEEDED, NEVER):
+            return True
+        usual: dict[str, Any] = {"plan_seconds": None, "level": "minimal", "kv": None}
+        usual |= {"kv_blocks": NEEDED, "chunk": PREFILL_CHUNK}
+        return dataclasses.replace(self, **usual) != Budgets()
+
+    @property
+    def forms(self) -> dict[str, Any]:
+        """As the arguments `kv`, `kv_blocks` and `chunk` of `Request` and of runners."""
+        kv = kv_of(self.kv, self.level)
+        return {"kv": kv, "kv_blocks": self.kv_blocks, "chunk": self.chunk}
 
 
 def load(
@@ -81,6 +97,11 @@ def load(
         raise UsageError(
             f"codec={codec!r} needs room for all weights; convert {path} with scripts/convert.py "
             "--codec, and load that"
+        )
+    if budgets.kv_blocks in (FASTER, ALWAYS) and budgets.nvme_dir is None:
+        raise UsageError(
+            f"--kv-blocks {budgets.kv_blocks} keeps full blocks of KV caches on disk; add "
+            f"--nvme-dir, or leave it at {NEEDED}"
         )
     config, encodings = described(path)
     check_context(config, budgets.max_context)
@@ -112,7 +133,7 @@ def load(
             max_context=budgets.max_context,
             cost=cost,
             plan_seconds=budgets.plan_seconds,
-            kv=kv_of(budgets.kv, budgets.level),
+            **budgets.forms,
         )
         runner.owned.push(stack.pop_all())
     return Qwen3VL(config, network, load_settings(path), runner=runner)

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_jax.buckets import PREFILL_CHUNK
+from qwen3vl_jax.errors import UsageError
+
 LEVELS = ("minimal", "balanced", "aggressive")
 KV_CODECS = ("raw", "int8")
+NEEDED, FASTER, ALWAYS, NEVER = KV_BLOCKS = ("needed", "faster", "always", "never")
+AUTO = "auto"
+MOST_CHUNK = 1 << 20
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +45,23 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         help="how KV caches are stored; int8 takes half of bfloat16's bytes (default: the level's)",
     )
     add(
+        "--kv-blocks",
+        choices=KV_BLOCKS,
+        default=NEEDED,
+        help="whether KV caches lie in blocks, of which full ones rest in --nvme-dir: where needed "
+        "to fit (default), where that is predicted to be faster, always, or never. Blocks change "
+        "the rounding of an answer, as a larger batch does",
+    )
+    add(
+        "--chunk",
+        type=_chunk,
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help=f"tokens of a prompt that pass through the layers at once ({PREFILL_CHUNK}); auto: a "
+        "power of two from 128 to 4096, whichever is predicted to be fastest for all of a request. "
+        "It changes the rounding, too",
+    )
+    add(
         "--report",
         dest="reports",
         action="append",
@@ -61,7 +84,26 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
 def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What those options say, as arguments of `Qwen3VL.from_pretrained` and of `Budgets`."""
     names = ("device_memory", "host_memory", "nvme_dir", "nvme_space", "level", "machine")
-    return {name: getattr(options, name) for name in (*names, "plan_seconds", "kv")}
+    more = ("plan_seconds", "kv", "kv_blocks", "chunk")
+    return {name: getattr(options, name) for name in (*names, *more)}
+
+
+def check_forms(kv_blocks: str, chunk: int | str) -> None:
+    """Whether there are such forms of a KV cache, and such chunks of a prompt.
+
+    Raises:
+        UsageError: there are not.
+    """
+    if kv_blocks not in KV_BLOCKS:
+        raise UsageError(
+            f"kv_blocks {ascii(kv_blocks)[:60]} is unknown; choose one of {', '.join(KV_BLOCKS)}"
+        )
+    counted = type(chunk) is int and 1 <= chunk <= MOST_CHUNK
+    if not counted and chunk != AUTO:
+        raise UsageError(
+            f"chunk {ascii(chunk)[:60]} is no count from 1 to {MOST_CHUNK:,} tokens; give one, or "
+            f"{AUTO!r}"
+        )
 
 
 def say_ignored(options: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -71,6 +113,16 @@ def say_ignored(options: argparse.Namespace, say: Callable[[str], None]) -> None
     found = damage() if options.machine is None else None
     if found is not None:
         say(f"ignored what was learned of this machine: {found}")
+
+
+def _chunk(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    if not text.isdecimal() or len(text) > len(str(MOST_CHUNK)) or not 1 <= int(text) <= MOST_CHUNK:
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]} is no count from 1 to {MOST_CHUNK:,} tokens, and not {AUTO}"
+        )
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -16,6 +16,7 @@ from qwen3vl_jax.planned.chapters import (
     forecast_cover,
     run_chapters,
     run_cover,
+    run_form,
 )
 from qwen3vl_jax.planned.forecast import Forecast, forecast, other_ways, with_codecs
 from qwen3vl_jax.planned.forecast_data import forecast_dict
@@ -51,7 +52,8 @@ class PlanReport:
         summaries = self._summaries()
         if not summaries:
             return forecast_text(self._forecast())
-        blocks = [f"times: {describe(self.cost)}\n", summaries_to_text(summaries)]
+        said = f"times: {describe(self.cost)}\n{run_form(self.runner)}\n"
+        blocks = [said, summaries_to_text(summaries)]
         for name, lines in self._measured(summaries).items():
             blocks.append(f"{name}, the newest pass\n" + comparison_text(lines))
         blocks.append("so far\n" + comparison_text(self._totals(summaries)))
@@ -69,7 +71,7 @@ class PlanReport:
         return (
             summaries_to_dict(summaries)
             | kept
-            | {"assumptions": {"seconds": describe(self.cost)}}
+            | {"assumptions": {"seconds": describe(self.cost), "kv_form": run_form(self.runner)}}
             | {
                 "measured": {
                     name: [dataclasses.asdict(line) for line in lines]
@@ -106,10 +108,11 @@ class PlanReport:
 
     def _forecast(self) -> Forecast:
         runner = self.runner
+        kv_blocks, chunk = runner.allowed
         return forecast(
             runner.config,
             runner.machine,
-            self.request,
+            dataclasses.replace(self.request, kv=runner.kv, kv_blocks=kv_blocks, chunk=chunk),
             dtype=runner.dtype,
             cost=self.cost,
             encodings=runner.encodings,

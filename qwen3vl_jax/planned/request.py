@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen3vl_jax.buckets import PREFILL_CHUNK
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
+from qwen3vl_jax.planned.options import AUTO, NEEDED, NEVER, check_forms
 from qwen3vl_jax.positions import Grid
 from qwen3vl_jax.processing.images import MAX_ASPECT_RATIO, smart_resize
 from qwen3vl_jax.processing.media_config import Limits, PixelSettings
@@ -25,8 +27,9 @@ class Request:
     `prompt_tokens` are those of the text; pictures, (width, height) in pixels, come on top.
     `max_context` is for how many tokens a row has room, by default for no more than these. `frames`
     are pictures that are patches already, each (1, rows, columns); their marks are in the text.
-    With `block_slots` the KV cache is in blocks of so many tokens, of which full ones rest on disk.
-    `kv` is how it is stored: raw or int8.
+    With `block_slots` the KV cache is in blocks of so many tokens, of which full ones rest on disk;
+    without, it may be cut into such where `kv_blocks` says so. `kv` is how it is stored: raw or
+    int8. `chunk` tokens of a prompt pass through the layers at once, or as many as are chosen.
 
     Raises:
         UsageError: a number out of range.
@@ -40,8 +43,11 @@ class Request:
     frames: tuple[Grid, ...] = ()
     block_slots: int | None = None
     kv: str = "raw"
+    kv_blocks: str = NEEDED
+    chunk: int | str = PREFILL_CHUNK
 
     def __post_init__(self) -> None:
+        check_forms(self.kv_blocks, self.chunk)
         for name in ("prompt_tokens", "new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -59,6 +65,23 @@ class Request:
                     f"a picture of {width}x{height} pixels has an aspect ratio over "
                     f"{MAX_ASPECT_RATIO}"
                 )
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk; the usual ones as long as nothing was chosen."""
+        return PREFILL_CHUNK if isinstance(self.chunk, str) else self.chunk
+
+    @property
+    def decided(self) -> bool:
+        """Whether nothing is left to be chosen, unless it does not fit."""
+        return self.kv_blocks in (NEEDED, NEVER) and self.chunk != AUTO
+
+    @property
+    def form_text(self) -> str:
+        """How its KV cache lies, and in what chunks its prompt is read."""
+        if not self.decided:
+            return f"open: --kv-blocks {self.kv_blocks}, --chunk {self.chunk}"
+        return form_text(self.block_slots, self.chunk_tokens)
 
     def grids(self, config: Config) -> list[Grid]:
         """Patches of each picture after it was brought to a size that the model takes."""
@@ -106,8 +129,34 @@ class Request:
         return wanted
 
 
-def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int, kv: str) -> Request:
-    """What a processor's arrays and an answer of so many tokens ask for, of a cache stored so."""
+def form_text(block_slots: int | None, chunk_tokens: int) -> str:
+    """How a KV cache lies, and in what chunks prompts are read."""
+    cache = "in one piece" if block_slots is None else f"in blocks of {block_slots:,} tokens"
+    return f"KV cache {cache}, prompts in chunks of {chunk_tokens:,} tokens"
+
+
+def usual_split(tokens: int) -> tuple[int, int]:
+    """How many of a context's tokens are prompt, and answer, if nobody says."""
+    new = max(1, tokens // 5)
+    return max(1, tokens - new), new
+
+
+def cache_request(
+    batch: int, capacity: int, prompt_tokens: int | None, max_context: int | None
+) -> Request:
+    """What fills a cache of so many tokens: this prompt, all of it text, and its answer."""
+    prompt, new = usual_split(capacity)
+    if prompt_tokens is not None:
+        prompt, new = prompt_tokens, max(1, capacity - prompt_tokens)
+    return Request(prompt, new, batch=batch, max_context=max_context)
+
+
+def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int, **forms: Any) -> Request:
+    """What a processor's arrays and an answer of so many tokens ask for.
+
+    Args:
+        forms: `kv`, `kv_blocks` and `chunk` of `Request`.
+    """
     rows, tokens = np.asarray(inputs["input_ids"]).shape
     frames = tuple(
         (1, int(height), int(width))
@@ -117,4 +166,4 @@ def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int, kv: s
     )
     pictures = sum(height * width for _, height, width in frames) // config.vision.merged_patches
     tokens = max(1, tokens - pictures // rows)
-    return Request(tokens, new_tokens, batch=rows, frames=frames, kv=kv)
+    return Request(tokens, new_tokens, batch=rows, frames=frames, **forms)

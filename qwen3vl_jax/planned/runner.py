@@ -1,6 +1,7 @@
 """A `Runner` whose weights rest wherever the plans say, and move when they say it."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from memsched.runtime import Executor
 from memsched.runtime.schedule import arena_tier
 from memsched.stores.blocks import StoredArray
 from qwen3vl_jax.arrays import AnyArray
-from qwen3vl_jax.buckets import bucket
+from qwen3vl_jax.buckets import PREFILL_CHUNK, bucket
 from qwen3vl_jax.cache import SMALLEST_CAPACITY, CacheForm
 from qwen3vl_jax.cache_rows import Blocks, row_dtype
 from qwen3vl_jax.checkpoints.encodings import NOTHING_ENCODED, Encodings
@@ -28,9 +29,12 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.layer_steps import WHOLE_LAYERS, Granularity
 from qwen3vl_jax.long_cache import block_shape, blocks_for
 from qwen3vl_jax.network import Features, Qwen3VLNetwork
-from qwen3vl_jax.phases import PREFILL_CHUNK, Phase
+from qwen3vl_jax.phases import Phase
+from qwen3vl_jax.planned.forms import Setting, choose
+from qwen3vl_jax.planned.options import NEEDED, NEVER
 from qwen3vl_jax.planned.programs import weight_specs
 from qwen3vl_jax.planned.replanning import Watcher, alone, staying
+from qwen3vl_jax.planned.request import Request, cache_request
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.saved import SavedPlans
 from qwen3vl_jax.planned.sealed import Living, Sealed, Shelf
@@ -60,7 +64,8 @@ class PlannedRunner:
         cost: CostModel | None = None,
         nvme_dir: Path | None = None,
         nvme_space_bytes: int | None = None,
-        chunk_tokens: int = PREFILL_CHUNK,
+        chunk: int | str = PREFILL_CHUNK,
+        kv_blocks: str = NEEDED,
         max_context: int | None = None,
         granularity: Granularity = WHOLE_LAYERS,
         encodings: Encodings = NOTHING_ENCODED,
@@ -68,7 +73,8 @@ class PlannedRunner:
         kv: str = "raw",
     ) -> None:
         """Opens the tiers; nothing is read yet. `network` is shapes; `entries` are its weights."""
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens = PREFILL_CHUNK if isinstance(chunk, str) else chunk
+        self.allowed = kv_blocks, chunk
         self.config, self.kv, self.encodings = config, kv, encodings
         self.dtype = np.dtype(network.language_model.norm.weight.get_value().dtype)
         self.cost = cost or Roofline()
@@ -128,24 +134,31 @@ class PlannedRunner:
         self.timetable.take(turns)
 
     @alone
-    def expect(self, batch: int, capacity: int) -> CacheForm:
+    def expect(self, batch: int, capacity: int, prompt_tokens: int | None = None) -> CacheForm:
         """A cache of this size is about to be used: what is planned from now on leaves room.
 
-        It is to be in blocks where a plain one does not fit, and full blocks have a place on disk.
+        What is open is chosen as a dry run does (`forms.choose`), for a cache that this prompt and
+        its answer fill; of an unknown prompt, for `usual_split`. It is to be in blocks, too, where
+        a plain one does not fit, if that is allowed and full blocks have a place on disk.
 
         Raises:
             UsageError: more than max_context.
             DoesNotFitError: there is no room for blocks either, or not on disk.
         """
-        capacity = within_context(capacity, self._max_context)
+        room = within_context(capacity, self._max_context)
         self._forget_dropped()
+        chosen = self._chosen(batch, capacity, prompt_tokens)
+        if chosen is not None:
+            self.chunk_tokens = chosen.chunk_tokens
         kind = self.config, self.dtype, row_dtype(self.kv, self.dtype), batch
-        shapes = CacheShapes(*kind, bucket(capacity, SMALLEST_CAPACITY))
-        block = block_shape(self.config.text, batch, shapes.row_dtype)
-        chooses = self._nvme_dir is not None and self.timetable.adopted is None
-        if chooses and shapes.slots > block[2] and not self._fits(shapes):
-            count = blocks_for(capacity, block[2])
-            shapes = CacheShapes(*kind, count * block[2], block[2])
+        shapes = CacheShapes(*kind, bucket(room, SMALLEST_CAPACITY))
+        usual = block_shape(self.config.text, batch, shapes.row_dtype)[2]
+        slots = None if chosen is None else chosen.block_slots
+        if slots is None and shapes.slots > usual and self._cuts and not self._fits(shapes):
+            slots = usual
+        if slots is not None:
+            count = blocks_for(room, slots)
+            shapes = CacheShapes(*kind, count * slots, slots)
             self._rehearse(shapes.with_one_block())
             self.executor.reserve((count - 1) * shapes.block_bytes)
         self.timetable.turn_to(shapes, self._living.nbytes_beside(()))
@@ -153,7 +166,8 @@ class PlannedRunner:
             turns = self.timetable.turns
             key = next(key for key in turns.group if key[0] == "decode")
             self._bring(turns.plans.get(key) or self._plan_in_all_room()[key])
-        return CacheForm(batch, shapes.slots, shapes.row_dtype, shapes.block_slots)
+        chunk_tokens = None if chosen is None else chosen.chunk_tokens
+        return CacheForm(batch, shapes.slots, shapes.row_dtype, shapes.block_slots, chunk_tokens)
 
     @alone
     def seal(self, name: str, block: Blocks) -> tuple[Any, Blocks]:
@@ -164,6 +178,10 @@ class PlannedRunner:
             StoreError: the disk has no space left.
         """
         return self._shelf.seal(name, block), block
+
+    def follow(self, chunk_tokens: int) -> None:
+        """Leaves nothing open from now on: caches in one piece, prompts in such chunks."""
+        self.allowed, self.chunk_tokens = (NEVER, chunk_tokens), chunk_tokens
 
     @alone
     def adopt(self, phase: str, arrays: tuple[Any, ...], saved: SavedPlans) -> None:
@@ -228,6 +246,23 @@ class PlannedRunner:
         self.executor.close()
         self.owned.close()
 
+    @property
+    def _cuts(self) -> bool:
+        """Whether a cache that does not fit may be cut into blocks."""
+        possible = self._nvme_dir is not None and self.timetable.adopted is None
+        return possible and self.allowed[0] != NEVER
+
+    def _chosen(self, batch: int, capacity: int, prompt_tokens: int | None) -> Request | None:
+        """What `choose` says of a cache; None where nothing is open, or plans of a file say it."""
+        asked = cache_request(batch, capacity, prompt_tokens, self._max_context)
+        asked = dataclasses.replace(
+            asked, kv=self.kv, kv_blocks=self.allowed[0], chunk=self.allowed[1]
+        )
+        if asked.decided or self.timetable.adopted is not None:
+            return None
+        setting = Setting(self.config, self.machine, self.dtype, self.cost, self.encodings)
+        return choose(setting, asked)
+
     def _planned(self, key: Key, phase: Phase, arrays: tuple[Any, ...]) -> Planned:
         """The plan of a phase; it is made now if the phase has not been seen with these shapes."""
         known, saved = self.timetable.turns.plans.get(key), self.timetable.adopted
@@ -240,8 +275,16 @@ class PlannedRunner:
             return self._plan_in_all_room()[key]
         except DoesNotFitError as error:
             self.timetable.leave(key)
-            if self._nvme_dir is None and self.timetable.cache is not None:
-                error = self.timetable.cache.with_a_way_out(error)
+            if not self._cuts and self.timetable.cache is not None:
+                ways = (
+                    ("with --nvme-dir", self._nvme_dir is None),
+                    (
+                        "without --kv-blocks never",
+                        self.allowed[0] == NEVER,
+                    ),
+                )
+                option = " and ".join(way for way, lacks in ways if lacks)
+                error = self.timetable.cache.with_a_way_out(error, option)
             raise error from None
 
     def _plan_in_all_room(self) -> Mapping[Key, Planned]:

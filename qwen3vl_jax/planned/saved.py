@@ -1,6 +1,7 @@
 """Plans in a file: what a dry run decided, for a run of the same request to carry out.
 
-{"format": "qwen3vl plans", "version": 1, "request": "512 prompt tokens, ...",
+{"format": "qwen3vl plans", "version": 2, "request": "512 prompt tokens, ...",
+"forms": {"block_slots": null, "chunk_tokens": 512},
 "granularity": {"experts_per_step": null, "split_dense": true},
 "weights": ["language_model.norm.weight", ...],
 "phases": [
@@ -29,13 +30,14 @@ from memsched.referee import verify
 from memsched.sizes import LARGEST_BYTES
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.layer_steps import Granularity
+from qwen3vl_jax.planned.options import ALWAYS, AUTO
 
 FORMAT = "qwen3vl plans"
-VERSION = 1
+VERSION = 2
 MOST_PHASES = 1000
 ANEW = "write a fitting one with --dry-run --save-plan"
 
-_KEYS = ["format", "granularity", "phases", "report", "request", "version", "weights"]
+_KEYS = ["format", "forms", "granularity", "phases", "report", "request", "version", "weights"]
 
 # Shape and dtype of every array that a phase takes.
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
@@ -45,11 +47,14 @@ Shapes = tuple[tuple[tuple[int, ...], str], ...]
 class SavedPlans:
     """What a file holds. `weights` are all that any of its phases reads, in order.
 
-    `granularity` is into which steps layers were cut: other steps would need other plans.
+    `granularity` is into which steps layers were cut: other steps would need other plans. Its KV
+    cache is in blocks of `block_slots`, if that is not None.
     """
 
     path: Path
     request: str
+    chunk_tokens: int
+    block_slots: int | None
     granularity: Granularity
     weights: tuple[str, ...]
     plans: Mapping[tuple[str, Shapes], Plan]
@@ -87,6 +92,27 @@ class SavedPlans:
                     peaks,
                 )
         return plan
+
+    def check_forms(self, kv_blocks: str, chunk: int | str) -> None:
+        """Whether a run may take the form of the cache and the chunk that the file has.
+
+        Raises:
+            UsageError: it may not.
+        """
+        if self.block_slots is not None:
+            raise UsageError(
+                f"{self.path}: its KV cache is in blocks of {self.block_slots:,} tokens, for which "
+                "runs plan anew at every border; leave --plan away"
+            )
+        if kv_blocks == ALWAYS:
+            raise UsageError(
+                f"{self.path}: its KV cache is in one piece; drop --kv-blocks {ALWAYS}"
+            )
+        if chunk not in (AUTO, self.chunk_tokens):
+            raise UsageError(
+                f"{self.path}: is for chunks of {self.chunk_tokens:,} tokens, not of {chunk:,}; "
+                f"add --chunk {self.chunk_tokens}, or {ANEW}"
+            )
 
     def missing(self, phase: str) -> UsageError:
         """That there is no plan for these shapes of a phase."""
@@ -138,7 +164,9 @@ def read_plans(path: Path) -> SavedPlans:
             raise PlanError(f"{path}: phases[{index}]: {error}") from error
         plans[key] = plan
     granularity = _granularity(values["granularity"], path)
-    return SavedPlans(path, request, granularity, tuple(weights), plans)
+    return SavedPlans(
+        path, request, *_forms(values["forms"], path), granularity, tuple(weights), plans
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -171,6 +199,18 @@ def read_report(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or "phases" not in report:
         raise PlanError(f"{path}: no report; name a file of --report x.json or --save-plan")
     return report
+
+
+def _forms(value: Any, path: Path) -> tuple[int, int | None]:
+    match value:
+        case {"chunk_tokens": int() as chunk, "block_slots": None | int() as slots} if (
+            len(value) == 2
+            and not any(isinstance(count, bool) for count in (chunk, slots))
+            and chunk > 0
+            and (slots is None or slots > 0)
+        ):
+            return chunk, slots
+    raise PlanError(f"{path}: forms must have chunk_tokens and block_slots")
 
 
 def _granularity(value: Any, path: Path) -> Granularity:

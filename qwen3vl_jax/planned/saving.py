@@ -24,7 +24,9 @@ def adopt(model: Qwen3VL, saved: SavedPlans, inputs: Mapping[str, Any], new_toke
         PlanError: a plan breaks a rule.
     """
     runner, config = planned_runner(model), model.config
-    request = request_of(config, inputs, new_tokens, runner.kv)
+    saved.check_forms(*runner.allowed)
+    runner.follow(saved.chunk_tokens)
+    request = request_of(config, inputs, new_tokens, kv=runner.kv, chunk=saved.chunk_tokens)
     works = works_of(config, request, runner.dtype)
     for work in works:
         if (work.phase, shapes_of(work.arrays)) not in saved.plans:
@@ -42,9 +44,14 @@ def plans_text(found: Forecast) -> str:
         head = f'{{"phase": {json.dumps(one.work.phase)}, "shapes": {shapes}, "plan": '
         rows.append(f"{head}{to_json(one.plan).rstrip()}}}")
     weights = found.passes[-1].traced.program.of_kind("weight")
+    forms = {
+        "block_slots": found.request.block_slots,
+        "chunk_tokens": found.request.chunk_tokens,
+    }
     return (
         f'{{"format": {json.dumps(FORMAT)}, "version": {VERSION}, '
         f'"request": {json.dumps(request_text(found))},\n'
+        f'"forms": {json.dumps(forms)},\n'
         f'"granularity": {json.dumps(dataclasses.asdict(found.granularity))},\n'
         f'"weights": {json.dumps(weights)},\n'
         '"phases": [\n' + ",\n".join(rows) + f'],\n"report": {json.dumps(forecast_dict(found))}}}\n'

@@ -64,11 +64,11 @@ class CacheShapes:
         names = tuple(map(sealed_names, blocks))
         return cls(config, dtype, current.dtype, batch, slots, current.shape[2], names)
 
-    def with_a_way_out(self, error: DoesNotFitError) -> DoesNotFitError:
+    def with_a_way_out(self, error: DoesNotFitError, option: str) -> DoesNotFitError:
         """A refusal with the option that would help, if the cache is large."""
         if self.slots <= block_shape(self.config.text, self.batch, self.row_dtype)[2]:
             return error
-        way = f"{error}; with --nvme-dir the KV cache of {self.slots:,} tokens may rest on disk"
+        way = f"{error}; {option} the KV cache of {self.slots:,} tokens may rest on disk"
         return DoesNotFitError(way, error.smallest)
 
     def with_one_block(self) -> "CacheShapes":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from memsched.cost import CostModel
+from memsched.cost import CostModel, Roofline
 from memsched.errors import DoesNotFitError, ProgramError
 from memsched.machine import DEVICE, HOST, NVME, Machine
 from memsched.sizes import parse_size
@@ -18,8 +18,8 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.forecast_data import first_token_seconds, tokens_per_s
+from qwen3vl_jax.planned.forms import Setting
 from qwen3vl_jax.planned.request import MOST_ROWS, Request
-from qwen3vl_jax.planned.works import Tracer, traced_request
 
 TIERS = {"device-memory": DEVICE, "host-memory": HOST}
 # What is swept, and its unit.
@@ -127,21 +127,18 @@ def run_sweep(
         raise UsageError(
             f"machine {machine.name!r} has no tier {TIERS[sweep.axis]!r}; sweep another"
         )
-    tracers: dict[Request, Tracer] = {}
+    cost = cost or Roofline()
+    tracers = Setting(config, machine, dtype, cost, encodings).tracers()
 
     def plan(value: int) -> Point:
         say(f"planning {sweep.axis} {value:,} {sweep.unit}".rstrip())
         try:
-            asked = _request(sweep, config, request, value)
-            if asked not in tracers:
-                tracers.clear()
-                tracers[asked] = traced_request(config, asked, dtype, None, encodings)
             found = forecast(
                 config,
                 _machine(sweep, machine, value),
-                asked,
+                _request(sweep, config, request, value),
                 dtype=dtype,
-                tracer=tracers[asked],
+                tracers=tracers,
                 cost=cost,
                 encodings=encodings,
                 plan_seconds=plan_seconds,

@@ -1,14 +1,17 @@
 """Phases that take turns: what identifies them, and what they are planned as."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from memsched.cost import CostModel
+from memsched.cost import plan_seconds as seconds_of
 from memsched.cost.contention import BesideCopies
 from memsched.machine import NVME, Machine
+from memsched.passes.bridge import bridge
 from memsched.passes.compile import compile_phases
 from memsched.plan import Plan, Residence
 from memsched.program import Program
@@ -69,6 +72,21 @@ def planned_together(
     """
     beside = BesideCopies(cost)
     return compile_phases(programs, machine, beside, predicted_by=cost, plan_seconds=plan_seconds)
+
+
+def moving_s(
+    before: Iterable[Residence], program: Program, plan: Plan, machine: Machine, cost: CostModel
+) -> float:
+    """Seconds to bring weights from where a pass leaves them to where a plan expects them."""
+    weights = {name: spec for name, spec in program.arrays.items() if spec.kind == "weight"}
+    home = [Residence(name, NVME) for name in weights]
+    now, then = (
+        [rest for rest in rests if rest.tier != NVME and rest.array in weights]
+        for rests in (before, plan.entry)
+    )
+    order = list(dict.fromkeys(itertools.chain(*(s.reads for s in program.steps))))
+    bridged, moves = bridge([*home, *now], [*home, *then], weights, machine, order)
+    return seconds_of(moves, bridged, machine, cost)
 
 
 def programs_of(ordered: Mapping[Key, Traced]) -> dict[str, Program]:

@@ -19,7 +19,7 @@ from qwen3vl_jax.inputs import SMALLEST_FEATURES, SMALLEST_TOKENS
 from qwen3vl_jax.layer_steps import Granularity
 from qwen3vl_jax.long_phases import long_phases
 from qwen3vl_jax.network import Features, Qwen3VLNetwork, empty_features
-from qwen3vl_jax.phases import PREFILL_CHUNK, Phase, phases
+from qwen3vl_jax.phases import Phase, phases
 from qwen3vl_jax.planned.long_requests import cache_of
 from qwen3vl_jax.planned.programs import Traced, trace_phase
 from qwen3vl_jax.planned.request import Request
@@ -52,7 +52,7 @@ def works_of(config: Config, request: Request, dtype: np.dtype) -> tuple[Work, .
     as many as there can be.
     """
     vision = [(1, (_features(config, request, dtype), piece)) for piece in _pieces(config, request)]
-    prefill = [(1, _chunk(config, request, tokens, dtype)) for tokens in _chunks(config, request)]
+    prefill = [(1, _chunk(config, request, tokens, dtype)) for tokens in chunks_of(config, request)]
     return (
         *_numbered("vision", "vision", vision),
         *_numbered("prefill", "prefill", prefill),
@@ -95,14 +95,14 @@ def _features(config: Config, request: Request, dtype: np.dtype) -> Features:
     return jax.eval_shape(lambda: empty_features(count, config, dtype))
 
 
-def _chunks(config: Config, request: Request) -> Iterable[int]:
+def chunks_of(config: Config, request: Request) -> Iterable[int]:
     """Padded tokens of each chunk of the prompt, as `Qwen3VL.prefill` cuts it."""
     count, slots = request.prompt_length(config), request.block_slots
     capacity = bucket(request.capacity(config), SMALLEST_CAPACITY)
     first = 0
     while first < count:
         room = capacity - first if slots is None else slots - first % slots
-        tokens = min(PREFILL_CHUNK, count - first, room)
+        tokens = min(request.chunk_tokens, count - first, room)
         yield min(bucket(tokens, SMALLEST_TOKENS) if tokens > 1 else 1, room)
         first += tokens
 

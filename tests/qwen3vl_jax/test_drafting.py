@@ -86,7 +86,7 @@ class Remembering:
         self.period, self.stray = period, stray
         self.widths: list[int] = []
 
-    def new_cache(self, *, batch: int, capacity: int) -> Any:
+    def new_cache(self, *, batch: int, capacity: int, prompt_tokens: int | None = None) -> Any:
         return self._cache([[] for _ in range(batch)], capacity)
 
     def recall(self, inputs: dict[str, Any], cache: Any) -> None:

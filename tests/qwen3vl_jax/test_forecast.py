@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -260,13 +261,14 @@ def test_a_refusal_names_budgets_that_work_and_are_the_least(name: str, machine:
 def test_caches_that_crowd_the_host_leave_a_plan_or_a_budget_that_works(batch: int) -> None:
     request = Request(20, 7, batch=batch)
     tracer = traced_request(config("dense"), request, FLOAT32)
+    how: dict[str, Any] = {"dtype": FLOAT32, "tracers": lambda asked: tracer}
     for device, host in itertools.product((300_000, 1_000_000), (1_200_000, 1_600_000, 2_400_000)):
         machine = profile("i5-10210u-sm61-nvme").with_capacities({"device": device, "host": host})
         try:
-            forecast(config("dense"), machine, request, dtype=FLOAT32, tracer=tracer)
+            forecast(config("dense"), machine, request, **how)
         except DoesNotFitError as refused:
             larger = machine.with_capacities(refused.smallest)
-            forecast(config("dense"), larger, request, dtype=FLOAT32, tracer=tracer)
+            forecast(config("dense"), larger, request, **how)
 
 
 def test_a_longer_context_takes_more() -> None:

@@ -33,7 +33,7 @@ class TableModel:
         self.decoded: list[list[int]] = []
         self.prompts: list[list[list[int]]] = []
 
-    def new_cache(self, *, batch: int, capacity: int) -> Any:
+    def new_cache(self, *, batch: int, capacity: int, prompt_tokens: int | None = None) -> Any:
         return types.SimpleNamespace(batch=batch, capacity=capacity, length=0, used=False)
 
     def recall(self, inputs: dict[str, Any], cache: Any) -> None:

@@ -120,8 +120,8 @@ class Watching:
         self.runner = runner
         self.seen: list[str] = []
 
-    def expect(self, batch: int, capacity: int) -> Any:
-        return self.runner.expect(batch, capacity)
+    def expect(self, batch: int, capacity: int, prompt_tokens: int | None = None) -> Any:
+        return self.runner.expect(batch, capacity, prompt_tokens)
 
     def seal(self, name: str, block: Any) -> Any:
         return self.runner.seal(name, block)

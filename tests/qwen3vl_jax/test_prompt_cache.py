@@ -23,7 +23,6 @@ from memsched.profiles import load_machine
 from qwen3vl_jax import Qwen3VL
 from qwen3vl_jax.chat import Chat
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.phases import Direct
 from qwen3vl_jax.planned import recalling
 from qwen3vl_jax.planned.recalling import Forecaster
 from qwen3vl_jax.processing.processor import Processor
@@ -48,18 +47,20 @@ def disk(bytes_per_s: float, patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_chunks_and_a_fast_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_fast_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk(1e11, monkeypatch, tmp_path)
-    monkeypatch.setattr(Direct, "chunk_tokens", CHUNK)
 
 
 @pytest.fixture
-def get(tiny_model: Callable[..., Qwen3VL]) -> Iterator[Callable[[str], Qwen3VL]]:
+def get(
+    tiny_model: Callable[..., Qwen3VL], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Qwen3VL]]:
     """`get(name)`: a tiny model, without a prompt cache before and after the test."""
     given: list[Qwen3VL] = []
 
     def found(name: str) -> Qwen3VL:
         given.append(tiny_model(name))
+        monkeypatch.setattr(given[-1].runner, "chunk_tokens", CHUNK)
         return given[-1]
 
     yield found
