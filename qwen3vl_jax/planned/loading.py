@@ -93,16 +93,7 @@ def load(
         StorageError: it cannot be read.
     """
     heap.share()
-    if codec is not None:
-        raise UsageError(
-            f"codec={codec!r} needs room for all weights; convert {path} with scripts/convert.py "
-            "--codec, and load that"
-        )
-    if budgets.kv_blocks in (FASTER, ALWAYS) and budgets.nvme_dir is None:
-        raise UsageError(
-            f"--kv-blocks {budgets.kv_blocks} keeps full blocks of KV caches on disk; add "
-            f"--nvme-dir, or leave it at {NEEDED}"
-        )
+    _check_possible(path, codec, budgets)
     config, encodings = described(path)
     check_context(config, budgets.max_context)
     chosen = named_dtype(config.dtype if dtype is None else dtype)
@@ -137,6 +128,20 @@ def load(
         )
         runner.owned.push(stack.pop_all())
     return Qwen3VL(config, network, load_settings(path), runner=runner)
+
+
+def _check_possible(path: str | Path, codec: str | None, budgets: Budgets) -> None:
+    """Raises UsageError for what cannot be done with weights that are not all in memory."""
+    if codec is not None:
+        raise UsageError(
+            f"codec={codec!r} needs room for all weights; convert {path} with scripts/convert.py "
+            "--codec, and load that"
+        )
+    if budgets.kv_blocks in (FASTER, ALWAYS) and budgets.nvme_dir is None:
+        raise UsageError(
+            f"--kv-blocks {budgets.kv_blocks} keeps full blocks of KV caches on disk; add "
+            f"--nvme-dir, or leave it at {NEEDED}"
+        )
 
 
 def _encoded(

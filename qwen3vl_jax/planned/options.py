@@ -44,23 +44,7 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         choices=KV_CODECS,
         help="how KV caches are stored; int8 takes half of bfloat16's bytes (default: the level's)",
     )
-    add(
-        "--kv-blocks",
-        choices=KV_BLOCKS,
-        default=NEEDED,
-        help="whether KV caches lie in blocks, of which full ones rest in --nvme-dir: where needed "
-        "to fit (default), where that is predicted to be faster, always, or never. Blocks change "
-        "the rounding of an answer, as a larger batch does",
-    )
-    add(
-        "--chunk",
-        type=_chunk,
-        default=PREFILL_CHUNK,
-        metavar="N",
-        help=f"tokens of a prompt that pass through the layers at once ({PREFILL_CHUNK}); auto: a "
-        "power of two from 128 to 4096, whichever is predicted to be fastest for all of a request. "
-        "It changes the rounding, too",
-    )
+    _add_forms(group)
     add(
         "--report",
         dest="reports",
@@ -78,6 +62,28 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="try plans for about so long (default: in plan.py as long as is usual, a few seconds; "
         "1 for a run)",
+    )
+
+
+def _add_forms(group: argparse._ArgumentGroup) -> None:
+    """Adds what changes the rounding of an answer: forms of KV caches, chunks of prompts."""
+    add = group.add_argument
+    add(
+        "--kv-blocks",
+        choices=KV_BLOCKS,
+        default=NEEDED,
+        help="whether KV caches lie in blocks, of which full ones rest in --nvme-dir: where needed "
+        "to fit (default), where that is predicted to be faster, always, or never. Blocks change "
+        "the rounding of an answer, as a larger batch does",
+    )
+    add(
+        "--chunk",
+        type=_chunk,
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help=f"tokens of a prompt that pass through the layers at once ({PREFILL_CHUNK}); auto: a "
+        "power of two from 128 to 4096, whichever is predicted to be fastest for all of a request. "
+        "It changes the rounding, too",
     )
 
 

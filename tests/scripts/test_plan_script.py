@@ -322,3 +322,29 @@ def test_text_and_json_say_what_xla_takes_on_a_card_that_is_not_there(tmp_path: 
     largest = data["workspaces"][0]
     assert largest["compiled_bytes"] > 1 << 20
     assert f"{largest['compiled_bytes']:,}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (("--chunk", "0"), "0 is no count from 1 to 1,048,576 tokens, and not auto"),
+        (("--chunk", "some"), "some is no count from 1 to 1,048,576 tokens"),
+        (("--kv-blocks", "often"), "invalid choice: 'often'"),
+    ],
+)
+def test_forms_that_do_not_exist_are_refused(
+    wrong: tuple[str, str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script().main([*COMMON, *wrong]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_text_and_data_say_which_form_and_which_chunk(capsys: pytest.CaptureFixture[str]) -> None:
+    forms = ("--kv-blocks", "faster", "--chunk", "auto")
+    assert script().main([*COMMON, *forms]) == 0
+    said = "KV cache in one piece, prompts in chunks of 512 tokens"
+    assert f"\n  {said}\n" in capsys.readouterr().out
+    assert script().main([*COMMON, "--chunk", "64", "--json"]) == 0
+    assumed = json.loads(capsys.readouterr().out.splitlines()[-1])["assumptions"]
+    assert assumed["chunk_tokens"] == 64
+    assert assumed["kv_form"] == said.replace("512", "64")
