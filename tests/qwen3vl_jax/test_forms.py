@@ -22,6 +22,7 @@ from qwen3vl_jax.cache import grown
 from qwen3vl_jax.config import load_config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.generation import Session
+from qwen3vl_jax.inputs import parts, prepare
 from qwen3vl_jax.planned.best_batch import dry_run_best_batch
 from qwen3vl_jax.planned.dry_run import dry_run_of, run_figures
 from qwen3vl_jax.planned.forecast import forecast
@@ -33,6 +34,7 @@ from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.saved import read_plans
 from qwen3vl_jax.planned.saving import adopt, plans_text
 from qwen3vl_jax.planned.sweep import parse_sweep, run_sweep
+from qwen3vl_jax.prompt_keys import chunk_keys
 
 pytestmark = pytest.mark.usefixtures("shared_traces", "small_blocks")
 
@@ -299,6 +301,16 @@ def test_a_conversation_is_cut_once_it_has_grown(
 
 
 # ---- files, batches, sweeps ----
+
+
+def test_a_prompt_cache_tells_forms_and_chunks_apart(tiny_model: Callable[..., Qwen3VL]) -> None:
+    model = tiny_model("dense")
+    tokens = prepare(CONFIG, prompt(100), pictures=False)[0].tokens
+    found = []
+    for slots, chunk in ((None, 64), (None, 512), (BLOCK, 64)):
+        cache = model.new_cache(batch=1, capacity=2 * BLOCK, block_slots=slots)
+        found += chunk_keys("same", cache, list(parts(100, cache, chunk)), tokens, [])
+    assert len(set(found)) == len(found) == 2 + 1 + 2
 
 
 def test_plans_in_a_file_say_their_forms_and_others_are_refused(
