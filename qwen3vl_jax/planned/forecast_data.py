@@ -150,7 +150,7 @@ def assumptions(
         "seconds": describe(cost),
         "prices": "tokens/s by the bound: 1 GB more of a tier; disk, bus, compute twice as fast",
         "workspace": workspace_source(machine, compiled=compiled),
-        "beside the plan": BESIDE_THE_PLAN,
+        "process": BESIDE_THE_PLAN,
         "experts": "all experts of a layer are brought, whoever is chosen",
     }
 

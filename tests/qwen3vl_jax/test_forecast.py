@@ -217,10 +217,10 @@ def test_text_data_and_page_say_what_the_times_rest_on(calibrated: bool, says: s
 
 def test_text_data_and_page_say_what_the_process_takes_beside_the_plan() -> None:
     here = planned("dense", ROOMY)
-    said = forecast_dict(here)["assumptions"]["beside the plan"]
+    said = forecast_dict(here)["assumptions"]["process"]
     assert "Python, JAX, programs 0.35 to 0.5 GB, buffers 34 MB" in said
     assert f"\n  main memory beside it: {said}\n" in forecast_text(here)
-    assert forecast_cover(here).assumptions["beside the plan"] == said
+    assert forecast_cover(here).assumptions["process"] == said
 
 
 def test_a_refusal_says_what_times_would_have_rested_on() -> None:
