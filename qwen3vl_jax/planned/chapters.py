@@ -93,14 +93,19 @@ def run_form(runner: PlannedRunner) -> str:
     return form_text(None if cache is None else cache.block_slots, runner.chunk_tokens)
 
 
+def run_assumptions(runner: PlannedRunner, cost: CostModel) -> dict[str, str]:
+    """What the numbers of a run rest on."""
+    return {
+        "seconds": describe(cost),
+        "kv_form": run_form(runner),
+        "process": BESIDE_THE_PLAN,
+    }
+
+
 def run_cover(runner: PlannedRunner, cost: CostModel) -> Cover:
     """What is said of a model."""
     return Cover(
         title=f"{runner.config.model_type}, {runner.dtype.name}, on {runner.machine.name}",
         lines=("after a run; measured are the newest passes",),
-        assumptions={
-            "seconds": describe(cost),
-            "kv_form": run_form(runner),
-            "process": BESIDE_THE_PLAN,
-        },
+        assumptions=run_assumptions(runner, cost),
     )

@@ -14,12 +14,13 @@ from memsched.report.chapter import Chapter
 from qwen3vl_jax.planned.chapters import (
     forecast_chapters,
     forecast_cover,
+    run_assumptions,
     run_chapters,
     run_cover,
     run_form,
 )
 from qwen3vl_jax.planned.forecast import Forecast, forecast, other_ways, with_codecs
-from qwen3vl_jax.planned.forecast_data import forecast_dict
+from qwen3vl_jax.planned.forecast_data import BESIDE_THE_PLAN, forecast_dict
 from qwen3vl_jax.planned.forecast_text import forecast_text
 from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.planned.runner import PlannedRunner
@@ -52,7 +53,10 @@ class PlanReport:
         summaries = self._summaries()
         if not summaries:
             return forecast_text(self._forecast())
-        said = f"times: {describe(self.cost)}\n{run_form(self.runner)}\n"
+        said = (
+            f"times: {describe(self.cost)}\n{run_form(self.runner)}\n"
+            f"main memory beside the plan: {BESIDE_THE_PLAN}\n"
+        )
         blocks = [said, summaries_to_text(summaries)]
         for name, lines in self._measured(summaries).items():
             blocks.append(f"{name}, the newest pass\n" + comparison_text(lines))
@@ -71,7 +75,7 @@ class PlanReport:
         return (
             summaries_to_dict(summaries)
             | kept
-            | {"assumptions": {"seconds": describe(self.cost), "kv_form": run_form(self.runner)}}
+            | {"assumptions": run_assumptions(self.runner, self.cost)}
             | {
                 "measured": {
                     name: [dataclasses.asdict(line) for line in lines]
