@@ -53,7 +53,7 @@ def larger(cache: KVCache, capacity: int, runner: Any) -> KVCache:
     """The same contents in at least `capacity` slots, more than there are. Consumes the cache.
 
     In blocks it grows where it is. A plain one is copied; a runner that has no room for both makes
-    it one in blocks.
+    it one in blocks. What is still to come of its prompts is read in the chunks of its new size.
 
     Args:
         runner: a `phases.Runner`.
@@ -63,6 +63,7 @@ def larger(cache: KVCache, capacity: int, runner: Any) -> KVCache:
         valid = jnp.pad(cache.valid, ((0, 0), (0, slots - cache.capacity)))
         return dataclasses.replace(cache, valid=valid)
     form = runner.expect(cache.batch, capacity)
+    cache = dataclasses.replace(cache, chunk_tokens=form.chunk_tokens)
     if form.block_slots is None:
         return grown(cache, form.capacity)
     return in_blocks(cache, form.capacity, form.block_slots, runner.seal)

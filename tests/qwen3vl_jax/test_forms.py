@@ -300,6 +300,18 @@ def test_a_conversation_is_cut_once_it_has_grown(
     assert run_figures(model)["kv_form"].startswith(f"KV cache in blocks of {BLOCK} tokens")
 
 
+def test_a_cache_that_has_grown_is_filled_in_the_chunks_of_its_new_size(
+    opened: Callable[..., Qwen3VL],
+) -> None:
+    model = opened(STREAMING, chunk="auto", kv_blocks="never")
+    cache = model.new_cache(batch=1, capacity=24, prompt_tokens=20)
+    assert cache.chunk_tokens == 512
+    _, cache = model.prefill(prompt(20), cache)
+    cache = model.grown(cache, PROMPT + NEW)
+    assert cache.chunk_tokens == 128
+    assert run_figures(model)["kv_form"].endswith("prompts in chunks of 128 tokens")
+
+
 # ---- files, batches, sweeps ----
 
 
