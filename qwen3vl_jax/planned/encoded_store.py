@@ -23,6 +23,7 @@ from qwen3vl_jax.checkpoints.selection import Chooser, Selection, smallest
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.planned.choosing import Chosen, candidates, chooser_for, chosen
 from qwen3vl_jax.planned.forecast import forecast
+from qwen3vl_jax.planned.options import NEEDED, NEVER
 from qwen3vl_jax.planned.request import Request, usual_split
 from qwen3vl_jax.progress import Display
 
@@ -90,12 +91,15 @@ def encoded_store(
     level: Level,
     place: Place,
     max_context: int | None,
+    kv_blocks: str = NEEDED,
     display: Display,
 ) -> Made:
     """The store for these budgets, from an earlier run or made now; the checkpoint itself if no
     encoding would make it faster.
 
     Args:
+        kv_blocks: with "never", what is chosen has a plan with a KV cache in one piece, if anything
+            has.
         display: shows how far it is, and says what was made, and where.
 
     Raises:
@@ -103,9 +107,12 @@ def encoded_store(
         StorageError: the disk has less, or another process is making it.
         WeightError, memsched.errors.CodecError: the checkpoint is damaged, or cannot be encoded.
     """
-    parts = (fingerprint(path), dtype.name, level, place.budgets)
+    # Stores for a cache that may be cut are found under the names they always had.
+    whole = (NEVER,) if kv_blocks == NEVER else ()
+    parts = (fingerprint(path), dtype.name, level, place.budgets, *whole)
     target = place.directory / f"encoded-{sha256(repr(parts).encode())[:16]}"
-    work = _Work(config, machine, cost, _request(config, max_context), dtype, level, place)
+    request = _request(config, max_context, *whole)
+    work = _Work(config, machine, cost, request, dtype, level, place)
     if not target.exists():
         first = next(
             iter(candidates(config, machine, work.request, dtype=dtype, cost=cost, level=level))
@@ -131,10 +138,10 @@ def _told(work: _Work, target: Path) -> str:
     return f"encoded {raw_bytes:,} B of weights as {nbytes:,} B in {target}"
 
 
-def _request(config: Config, max_context: int | None) -> Request:
+def _request(config: Config, max_context: int | None, kv_blocks: str = NEEDED) -> Request:
     """A prompt and an answer for the context that is asked for, or a usual one."""
     tokens = min(max_context or USUAL_CONTEXT, config.text.max_position_embeddings)
-    return Request(*usual_split(tokens), max_context=max_context)
+    return Request(*usual_split(tokens), max_context=max_context, kv_blocks=kv_blocks)
 
 
 def _chooser(work: _Work) -> Chooser:

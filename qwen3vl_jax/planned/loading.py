@@ -179,6 +179,7 @@ def _encoded(
         level=level_of(budgets.level),
         place=Place(folder, space, (asked, *memory)),
         max_context=budgets.max_context,
+        kv_blocks=budgets.kv_blocks,
         display=display,
     )
     left = None if space is None else space - made.nbytes

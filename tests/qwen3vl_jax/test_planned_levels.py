@@ -21,6 +21,7 @@ from qwen3vl_jax.checkpoints.opening import described
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.parameters import kv_of
 from qwen3vl_jax.planned import encoded_store
+from qwen3vl_jax.planned.request import Request
 from qwen3vl_jax.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
@@ -214,3 +215,28 @@ def test_where_nothing_is_gained_the_checkpoint_itself_is_loaded(tmp_path: Path)
     assert not described(store)[1]
     for one, other in zip(found, answers(store, given), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_forms_are_chosen_for_a_cache_that_may_be_cut_only_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def no_plan(*_: Any, **how: Any) -> None:
+        raise DoesNotFitError("in one piece", {})
+
+    def noted(config: Any, machine: Any, request: Request, **how: Any) -> None:
+        asked.append(request.kv_blocks)
+        if request.kv_blocks == "never":
+            no_plan()
+
+    # Where a plan is wanted in one piece, there is none.
+    monkeypatch.setattr(encoded_store, "forecast", noted)
+    monkeypatch.setattr(encoded_store, "smallest", lambda level: no_plan)
+    budgets = options(tmp_path) | {"max_context": 1000}
+    load(tiny.DATA / "dense", level="balanced", **budgets)
+    assert (asked, len(stores(budgets["nvme_dir"]))) == (["needed"], 1)
+    # Another choice is made for it, and another store: nothing of the first one is taken.
+    with pytest.raises(DoesNotFitError, match="in one piece"):
+        load(tiny.DATA / "dense", level="balanced", kv_blocks="never", **budgets)
+    assert asked == ["needed", "never"]
