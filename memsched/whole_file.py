@@ -41,6 +41,19 @@ def write_together(contents: Mapping[Path, str]) -> None:
 
 def check_target(path: Path) -> None:
     """Raises StoreError if nothing could be written there: known before the work is done."""
+    _check_place(path)
+    directory = Path(os.path.realpath(path)).parent
+    try:
+        # Rights say little: root has all of them, and some file systems take no files at all.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"directory {directory} cannot be written: {error.strerror or error}; name another"
+        ) from error
+
+
+def _check_place(path: Path) -> None:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise StoreError(f"{path} is not a regular file; name another")
@@ -53,7 +66,7 @@ def check_target(path: Path) -> None:
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[io.TextIOWrapper]:
     """A file that takes the place of `path` when the block ends well."""
-    check_target(path)
+    _check_place(path)
     target = Path(os.path.realpath(path))
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

@@ -84,6 +84,8 @@ def calibrate(options: argparse.Namespace, guard: Guard) -> int:
     profile = options.out or user_profile()
     if options.from_runs:
         return _learn_from_runs(profile, as_json=options.json)
+    if options.out is None:
+        profile.parent.mkdir(parents=True, exist_ok=True)
     _check_targets(profile)
     seconds = 60.0 * (options.minutes or MINUTES)
     heap.share()
@@ -119,7 +121,6 @@ def _check_targets(profile: Path) -> None:
     from memsched.detection.calibrated import observation_file
     from memsched.whole_file import check_target
 
-    profile.parent.mkdir(parents=True, exist_ok=True)
     for file in (profile, cost_file(profile), observation_file(profile)):
         check_target(file)
 

@@ -372,6 +372,18 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(
     assert "measuring" not in said
 
 
+@pytest.mark.parametrize("place", ["/proc/laptop.toml", "missing/deep/laptop.toml"])
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured_and_not_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str
+) -> None:
+    monkeypatch.setattr("memsched.detection.this_machine.detect", pytest.fail)
+    assert calibrate.main(("--out", str(tmp_path / place))) == 5
+    said = capsys.readouterr().err
+    assert "name another" in said
+    assert "measuring" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("done_files", "found"), [(0, "old"), (1, "none"), (2, "new"), (3, "new")])
 def test_whenever_writing_ends_there_is_the_old_pair_or_the_new_one_or_a_line_says_why_not(
     done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done_files: int, found: str
