@@ -161,7 +161,7 @@ def _print_forecast(
     from qwen3vl_jax.planned.dry_run import dry_run_of, print_dry_run
 
     say_ignored(options, console.say)
-    budgets = budget_arguments(options)
+    budgets = _budgets(options)
     found = dry_run_of(options.model, options.dtype, turn.inputs, settings.max_new_tokens, budgets)
     return print_dry_run(
         found, reports=options.reports, save_plan=options.save_plan, as_json=options.json
@@ -223,9 +223,13 @@ def _prepared(options: argparse.Namespace) -> tuple["GenerationSettings", "Chat"
     return settings, Chat(processor, settings, system=options.system_prompt)
 
 
+def _budgets(options: argparse.Namespace) -> dict[str, Any]:
+    return budget_arguments(options) | {"max_context": options.max_context}
+
+
 def _opened(options: argparse.Namespace) -> "Qwen3VL":
     """A model; one with plans, whatever is free, where they are given or to be reported."""
-    budgets = budget_arguments(options) | {"max_context": options.max_context}
+    budgets = _budgets(options)
     wanted = options.plan is not None or bool(options.reports)
     display = Silent() if options.quiet else ProgressBar()
     if wanted or options.adapt or options.learn:

@@ -159,7 +159,8 @@ def dry_run_of(
 ) -> DryRun:
     """What a checkpoint would take for a processor's arrays and an answer of so many tokens."""
     (config, encodings), limits = described(path), Budgets(**budgets)
-    request = request_of(config, inputs, new_tokens, **limits.forms)
+    room = {"max_context": limits.max_context}
+    request = request_of(config, inputs, new_tokens, **room, **limits.forms)
     return dry_run(config, request, limits, dtype=dtype, encodings=encodings)
 
 

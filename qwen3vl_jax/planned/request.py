@@ -151,11 +151,13 @@ def cache_request(
     return Request(prompt, new, batch=batch, max_context=max_context)
 
 
-def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int, **forms: Any) -> Request:
+def request_of(
+    config: Config, inputs: Mapping[str, Any], new_tokens: int, **limits: Any
+) -> Request:
     """What a processor's arrays and an answer of so many tokens ask for.
 
     Args:
-        forms: `kv`, `kv_blocks` and `chunk` of `Request`.
+        limits: `max_context`, `kv`, `kv_blocks` and `chunk` of `Request`.
     """
     rows, tokens = np.asarray(inputs["input_ids"]).shape
     frames = tuple(
@@ -166,4 +168,4 @@ def request_of(config: Config, inputs: Mapping[str, Any], new_tokens: int, **for
     )
     pictures = sum(height * width for _, height, width in frames) // config.vision.merged_patches
     tokens = max(1, tokens - pictures // rows)
-    return Request(tokens, new_tokens, batch=rows, frames=frames, **forms)
+    return Request(tokens, new_tokens, batch=rows, frames=frames, **limits)

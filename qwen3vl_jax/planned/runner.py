@@ -88,7 +88,7 @@ class PlannedRunner:
             plan_seconds=self.plan_seconds,
         )
         self._rows, self._living = rows, Living()
-        self._nvme_dir, self._max_context = nvme_dir, max_context
+        self._nvme_dir, self.max_context = nvme_dir, max_context
         self._latest: Key | None = None
         self.tallies: dict[int, Tally] = {}  # by the identity of plans, which it keeps
         self.spans: dict[str, tuple[Span, ...]] = {}
@@ -145,7 +145,7 @@ class PlannedRunner:
             UsageError: more than max_context.
             DoesNotFitError: there is no room for blocks either, or not on disk.
         """
-        room = within_context(capacity, self._max_context)
+        room = within_context(capacity, self.max_context)
         self._forget_dropped()
         chosen = self._chosen(batch, capacity, prompt_tokens)
         if chosen is not None:
@@ -254,7 +254,7 @@ class PlannedRunner:
 
     def _chosen(self, batch: int, capacity: int, prompt_tokens: int | None) -> Request | None:
         """What `choose` says of a cache; None where nothing is open, or plans of a file say it."""
-        asked = cache_request(batch, capacity, prompt_tokens, self._max_context)
+        asked = cache_request(batch, capacity, prompt_tokens, self.max_context)
         asked = dataclasses.replace(
             asked, kv=self.kv, kv_blocks=self.allowed[0], chunk=self.allowed[1]
         )

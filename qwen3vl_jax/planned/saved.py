@@ -30,7 +30,7 @@ from memsched.referee import verify
 from memsched.sizes import LARGEST_BYTES
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.layer_steps import Granularity
-from qwen3vl_jax.planned.options import ALWAYS, AUTO
+from qwen3vl_jax.planned.options import ALWAYS, AUTO, MOST_CHUNK
 
 FORMAT = "qwen3vl plans"
 VERSION = 2
@@ -206,7 +206,7 @@ def _forms(value: Any, path: Path) -> tuple[int, int | None]:
         case {"chunk_tokens": int() as chunk, "block_slots": None | int() as slots} if (
             len(value) == 2
             and not any(isinstance(count, bool) for count in (chunk, slots))
-            and chunk > 0
+            and 0 < chunk <= MOST_CHUNK
             and (slots is None or slots > 0)
         ):
             return chunk, slots

@@ -25,12 +25,13 @@ def adopt(model: Qwen3VL, saved: SavedPlans, inputs: Mapping[str, Any], new_toke
     """
     runner, config = planned_runner(model), model.config
     saved.check_forms(*runner.allowed)
-    runner.follow(saved.chunk_tokens)
-    request = request_of(config, inputs, new_tokens, kv=runner.kv, chunk=saved.chunk_tokens)
+    limits = {"max_context": runner.max_context, "kv": runner.kv, "chunk": saved.chunk_tokens}
+    request = request_of(config, inputs, new_tokens, **limits)
     works = works_of(config, request, runner.dtype)
     for work in works:
         if (work.phase, shapes_of(work.arrays)) not in saved.plans:
             raise saved.missing(work.phase)
+    runner.follow(saved.chunk_tokens)
     runner.expect(request.batch, request.capacity(config))
     for work in works:
         runner.adopt(work.phase, work.arrays, saved)

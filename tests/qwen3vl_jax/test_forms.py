@@ -223,6 +223,25 @@ def test_a_chunk_has_the_bits_of_the_unplanned_model_with_that_chunk(
     assert bits(Qwen3VL.from_pretrained(tiny.DATA / "dense")) == wanted[512]
 
 
+def test_a_dry_run_leaves_the_room_that_a_run_does(
+    opened: Callable[..., Qwen3VL], tmp_path: Path
+) -> None:
+    model = opened(ROOMY, max_context=1000, kv_blocks="never", chunk="auto")
+    limits = {"machine": tmp_path / "machine0.toml", "max_context": 1000, "kv_blocks": "never"}
+    dry = dry_run_of(tiny.DATA / "dense", None, prompt(20), 3, limits)
+    assert dry.found is not None
+    assert dry.found.request.max_context == 1000
+    file = tmp_path / "plans.json"
+    file.write_text(plans_text(dry.found))
+    unplanned = helper.told(Qwen3VL.from_pretrained(tiny.DATA / "dense"), prompt(20))
+    with pytest.raises(UsageError, match="has no plan for prefill with these shapes"):
+        adopt(model, read_plans(file), prompt(200), 3)
+    # What was refused has changed nothing.
+    assert model.runner.allowed == ("never", "auto")
+    adopt(model, read_plans(file), prompt(20), 3)
+    np.testing.assert_array_equal(helper.told(model, prompt(20)), unplanned)
+
+
 @pytest.mark.parametrize("here", [ROOMY, STREAMING], ids=["roomy", "streaming"])
 def test_a_run_chooses_what_a_dry_run_does_and_answers_the_same(
     here: Machine, opened: Callable[..., Qwen3VL], tmp_path: Path

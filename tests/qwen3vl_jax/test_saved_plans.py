@@ -135,6 +135,7 @@ def broken(file: Path, change: Callable[[dict[str, Any]], object], folder: Path)
         (lambda v: v.update(version=1), "version"),
         (lambda v: v.update(forms={}), "chunk_tokens and block_slots"),
         (lambda v: v["forms"].update(chunk_tokens=True), "chunk_tokens and block_slots"),
+        (lambda v: v["forms"].update(chunk_tokens=1 << 40), "chunk_tokens and block_slots"),
         (lambda v: v.update(more=1), "keys"),
         (lambda v: v.update(weights=[1]), "weights"),
         (lambda v: v.update(request="two\nlines"), "one line"),
