@@ -33,7 +33,7 @@ from qwen3vl_jax.planned.choosing import Chosen, candidates
 from qwen3vl_jax.planned.forecast import Forecast, explained, forecast
 from qwen3vl_jax.planned.forecast_data import assumptions, forecast_dict, refusal_dict
 from qwen3vl_jax.planned.forecast_text import forecast_view
-from qwen3vl_jax.planned.loading import Budgets, machine_and_cost
+from qwen3vl_jax.planned.loading import Budgets, check_blocks, machine_and_cost
 from qwen3vl_jax.planned.reporting import PlanReport
 from qwen3vl_jax.planned.request import Request, request_of
 from qwen3vl_jax.planned.runner import PlannedRunner
@@ -142,7 +142,13 @@ def _codecs_dict(choice: Chosen, level: str) -> dict[str, Any]:
 
 def planned_machine(budgets: Budgets) -> tuple[Machine, CostModel]:
     """The machine of some budgets, and its cost model. One of a file is not this one, and has all
-    its disk."""
+    its disk.
+
+    Raises:
+        UsageError: blocks of KV caches are wanted of this machine, and no place for them is named.
+    """
+    if budgets.machine is None:
+        check_blocks(budgets)
     machine, cost = machine_and_cost(budgets)
     if budgets.machine is not None and budgets.nvme_space is None:
         space = load_machine(Path(budgets.machine)).tier(NVME).capacity_bytes

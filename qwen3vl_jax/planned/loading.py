@@ -137,6 +137,15 @@ def _check_possible(path: str | Path, codec: str | None, budgets: Budgets) -> No
             f"codec={codec!r} needs room for all weights; convert {path} with scripts/convert.py "
             "--codec, and load that"
         )
+    check_blocks(budgets)
+
+
+def check_blocks(budgets: Budgets) -> None:
+    """Whether blocks of KV caches that are wanted have a place.
+
+    Raises:
+        UsageError: they have none.
+    """
     if budgets.kv_blocks in (FASTER, ALWAYS) and budgets.nvme_dir is None:
         raise UsageError(
             f"--kv-blocks {budgets.kv_blocks} keeps full blocks of KV caches on disk; add "

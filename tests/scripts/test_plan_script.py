@@ -339,6 +339,17 @@ def test_forms_that_do_not_exist_are_refused(
     assert says in capsys.readouterr().err
 
 
+def test_blocks_on_this_machine_need_a_place_as_in_a_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for more in ((), ("--sweep", "batch=1..2")):
+        assert script().main([COMMON[0], "--kv-blocks", "faster", *more]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith(
+            "error: --kv-blocks faster keeps full blocks of KV caches on disk"
+        )
+
+
 def test_text_and_data_say_which_form_and_which_chunk(capsys: pytest.CaptureFixture[str]) -> None:
     forms = ("--kv-blocks", "faster", "--chunk", "auto")
     assert script().main([*COMMON, *forms]) == 0
