@@ -60,7 +60,7 @@ def compute_s(runs: Runs, order: Order) -> float:
 
 def peak_bytes(runs: Runs, order: Order) -> int:
     """The most that is needed at once when each array is freed right after its last reader."""
-    return _read_lives(runs, order).peak_bytes()
+    return read_lives(runs, order).peak_bytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Lives:
         return max(given, int(held.max(initial=0)))
 
 
-def _read_lives(runs: Runs, order: Order) -> _Lives:
+def read_lives(runs: Runs, order: Order) -> _Lives:
     made_at = dict.fromkeys(runs.given, -1)
     readers: dict[tuple[str, int], list[int]] = {(name, -1): [] for name in runs.given}
     before: dict[tuple[str, int], int] = {}
@@ -177,7 +177,7 @@ def pruned(runs: Runs, order: Order, room_bytes: int, fresh: range = range(0)) -
     Those at the places `fresh` are left out last: others may be left out because of them.
     """
     order, late = _without_idle(runs, order, [place in fresh for place in range(len(order))])
-    places, lives = _repeated(order), _read_lives(runs, order)
+    places, lives = repeated(order), read_lives(runs, order)
     # The longest first; what is left out moves those behind it.
     while places:
         place = max(places, key=lambda at: (not late[at], runs.step_s[order[at]], at))
@@ -185,11 +185,11 @@ def pruned(runs: Runs, order: Order, room_bytes: int, fresh: range = range(0)) -
         if lives.peak_without(place) <= room_bytes:
             fewer, marks = order[:place] + order[place + 1 :], late[:place] + late[place + 1 :]
             order, late = _without_idle(runs, fewer, marks)
-            places, lives = _repeated(order), _read_lives(runs, order)
+            places, lives = repeated(order), read_lives(runs, order)
     return order
 
 
-def _repeated(order: Order) -> list[int]:
+def repeated(order: Order) -> list[int]:
     """Places of the runs that are not the first of their step."""
     seen: set[int] = set()
     places = []
@@ -202,12 +202,12 @@ def _repeated(order: Order) -> list[int]:
 
 def _without_idle(runs: Runs, order: Order, late: list[bool]) -> tuple[Order, list[bool]]:
     """Leaves out repeated runs whose results nobody reads, and their marks."""
-    repeated = set(_repeated(order))
+    again = set(repeated(order))
     wanted = set(runs.program.outputs)
     kept: list[int] = []
     for place in range(len(order) - 1, -1, -1):
         step = runs.program.steps[order[place]]
-        if place not in repeated or not wanted.isdisjoint(step.writes):
+        if place not in again or not wanted.isdisjoint(step.writes):
             kept.append(place)
             wanted.difference_update(step.writes)
             wanted.update(step.inputs)
