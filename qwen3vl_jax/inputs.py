@@ -118,7 +118,12 @@ def parts(count: int, cache: KVCache, chunk_tokens: int) -> Iterator[Part]:
     """How a prompt of `count` tokens is cut, on top of what the cache has.
 
     No part crosses the border of a block; all are padded to a bucket where there is room for that.
+
+    Raises:
+        UsageError: a chunk has no tokens.
     """
+    if chunk_tokens < 1:
+        raise UsageError(f"chunk_tokens must be at least 1, found {chunk_tokens}")
     first = 0
     while first < count:
         length = cache.length + first

@@ -60,7 +60,8 @@ def prefill(
     check_room(len(tokens.input_ids), count, cache)
     features = encode(model, inputs, recall) if features is None else features
     kept = jnp.zeros((cache.batch, 1, model.config.text.hidden_size), model.dtype)
-    size = chunk_tokens or cache.chunk_tokens or model.runner.chunk_tokens
+    sizes = chunk_tokens, cache.chunk_tokens, model.runner.chunk_tokens
+    size = next(tokens for tokens in sizes if tokens is not None)
     cuts = tuple(parts(count, cache, size)) if recall is None else recall.parts
     for index, part in enumerate(cuts):
         cache = with_room(cache, model.runner.seal)

@@ -19,6 +19,7 @@ import tiny
 
 from qwen3vl_jax import Qwen3VL, vision
 from qwen3vl_jax.config import Config, load_config
+from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.inputs import prepare
 from qwen3vl_jax.network import forward
 
@@ -51,6 +52,14 @@ def test_prefill_in_chunks_is_prefill_at_once(
     cache = model.new_cache(batch=batch, capacity=tokens)
     logits, _ = model.prefill(given, cache, chunk_tokens=chunk_tokens)
     assert parity.relative(np.asarray(logits), last_logits(model, given)) < parity.TOLERANCE
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, -1])
+def test_a_chunk_without_tokens_is_refused(chunk_tokens: int, tiny_model: GetModel) -> None:
+    model = tiny_model("dense")
+    cache = model.new_cache(batch=1, capacity=64)
+    with pytest.raises(UsageError, match=f"must be at least 1, found {chunk_tokens}"):
+        model.prefill(tiny.inputs("text"), cache, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
