@@ -327,9 +327,9 @@ class Qwen3VL:
     ) -> None:
         """Changes the budgets of a model that has plans, from its next pass on.
 
-        The answer stays the same, and caches stay where they are. May be called between tokens (by
-        a streamer, or between the pieces of a chat's answer), and by other threads, where it waits
-        for the pass under way. When it returns, what no longer fits has been given back.
+        Answers and caches stay as they are; what `kv_blocks` and `chunk` leave open is chosen anew
+        for later caches. May be called between tokens (by a streamer, or between pieces of a chat's
+        answer), and by other threads: it waits for the pass under way, and gives back what must go.
 
         Args:
             device_memory: bytes, or text like "1.5GiB", as in `from_pretrained`; None: as it is.
