@@ -34,7 +34,7 @@ from qwen3vl_jax.network import (
 )
 from qwen3vl_jax.parameters import Source, draw_all, named_dtype, read_all, source_of
 from qwen3vl_jax.phases import Direct, Runner, phases
-from qwen3vl_jax.prefill import encode, prefill
+from qwen3vl_jax.prefill import chunk_of, encode, prefill
 from qwen3vl_jax.progress import Display
 from qwen3vl_jax.prompt_cache import PromptCache, Recall
 from qwen3vl_jax.weights import block_rows, table
@@ -244,8 +244,7 @@ class Qwen3VL:
         if cache is None or cache.length > 0:
             self.prompt_cache.latest = None
             return None
-        chunk_tokens = cache.chunk_tokens or self._runner.chunk_tokens
-        return self.prompt_cache.recall(self.config, inputs, cache, chunk_tokens)
+        return self.prompt_cache.recall(self.config, inputs, cache, chunk_of(cache, self._runner))
 
     def encode(self, inputs: Mapping[str, Any], *, recall: Recall | None = None) -> Features | None:
         """Runs all pictures and videos of `inputs` through the vision tower; None without any.

@@ -17,6 +17,7 @@ from qwen3vl_jax.cache_forms import check_room
 from qwen3vl_jax.inputs import Part, cut, feature_count, last_real, parts, picture_pieces, prepare
 from qwen3vl_jax.long_cache import with_room
 from qwen3vl_jax.network import Chunk, Features, empty_features
+from qwen3vl_jax.phases import Runner
 from qwen3vl_jax.prompt_cache import Recall
 
 
@@ -45,6 +46,11 @@ def encode(model: Any, inputs: Mapping[str, Any], recall: Recall | None) -> Feat
     return model.runner.settle(features)
 
 
+def chunk_of(cache: KVCache, runner: Runner) -> int:
+    """How many tokens of a prompt pass through the layers at once, into this cache."""
+    return runner.chunk_tokens if cache.chunk_tokens is None else cache.chunk_tokens
+
+
 def prefill(
     model: Any,
     inputs: Mapping[str, Any],
@@ -60,8 +66,7 @@ def prefill(
     check_room(len(tokens.input_ids), count, cache)
     features = encode(model, inputs, recall) if features is None else features
     kept = jnp.zeros((cache.batch, 1, model.config.text.hidden_size), model.dtype)
-    sizes = chunk_tokens, cache.chunk_tokens, model.runner.chunk_tokens
-    size = next(tokens for tokens in sizes if tokens is not None)
+    size = chunk_of(cache, model.runner) if chunk_tokens is None else chunk_tokens
     cuts = tuple(parts(count, cache, size)) if recall is None else recall.parts
     for index, part in enumerate(cuts):
         cache = with_room(cache, model.runner.seal)
