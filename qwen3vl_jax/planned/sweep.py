@@ -4,6 +4,7 @@ sweep = parse_sweep("device-memory=1GB..24GB", points=9)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
 from qwen3vl_jax.planned.forecast import Forecast, forecast
 from qwen3vl_jax.planned.forecast_data import first_token_seconds, tokens_per_s
-from qwen3vl_jax.planned.forms import Setting
+from qwen3vl_jax.planned.forms import Setting, Tracers
 from qwen3vl_jax.planned.request import MOST_ROWS, Request
 
 TIERS = {"device-memory": DEVICE, "host-memory": HOST}
@@ -128,17 +129,22 @@ def run_sweep(
             f"machine {machine.name!r} has no tier {TIERS[sweep.axis]!r}; sweep another"
         )
     cost = cost or Roofline()
-    tracers = Setting(config, machine, dtype, cost, encodings).tracers()
+    setting = Setting(config, machine, dtype, cost, encodings)
+
+    @functools.lru_cache(maxsize=1)  # no point needs what another one's request was traced to
+    def tracers(asked: Request) -> Tracers:
+        return setting.tracers()
 
     def plan(value: int) -> Point:
         say(f"planning {sweep.axis} {value:,} {sweep.unit}".rstrip())
         try:
+            asked = _request(sweep, config, request, value)
             found = forecast(
                 config,
                 _machine(sweep, machine, value),
-                _request(sweep, config, request, value),
+                asked,
                 dtype=dtype,
-                tracers=tracers,
+                tracers=tracers(asked),
                 cost=cost,
                 encodings=encodings,
                 plan_seconds=plan_seconds,
