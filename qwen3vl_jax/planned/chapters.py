@@ -12,7 +12,6 @@ from qwen3vl_jax.planned.forecast_data import (
     BESIDE_THE_PLAN,
     first_token_seconds,
     forecast_assumptions,
-    request_seconds,
     request_text,
     tokens_of,
     workspaces,
@@ -55,7 +54,7 @@ def forecast_cover(found: Forecast) -> Cover:
         title=f"{found.config.model_type}, {found.dtype}, on {found.machine.name}",
         lines=(request_text(found),),
         first_token_s=first_token_seconds(found),
-        total_s=request_seconds(found),
+        total_s=found.seconds,
         smallest_bytes=found.smallest_bytes,
         assumptions=words,
     )

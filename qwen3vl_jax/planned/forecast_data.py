@@ -45,7 +45,7 @@ def forecast_dict(found: Forecast) -> dict[str, Any]:
         ],
         "tokens_per_s": tokens_per_s(found),
         "first_token_seconds": first_token_seconds(found),
-        "request_seconds": request_seconds(found),
+        "request_seconds": found.seconds,
         "request_seconds_in_blocks": found.in_blocks_s,
         "assumptions": forecast_assumptions(found)
         | {
@@ -205,11 +205,6 @@ def first_token_seconds(found: Forecast) -> float:
     before = [one for one in found.passes if one.work.part != "decode"]
     passes_s = sum(one.work.count * one.summary.seconds + one.moving_s for one in before)
     return passes_s + found.borders_s(found.request.prompt_length(found.config))
-
-
-def request_seconds(found: Forecast) -> float:
-    """From all weights in files to the last token."""
-    return found.seconds
 
 
 def rate_gains(found: Forecast) -> dict[str, float]:

@@ -13,7 +13,6 @@ from qwen3vl_jax.planned.forecast_data import (
     first_token_seconds,
     is_compiled,
     rate_gains,
-    request_seconds,
     request_text,
     tokens_of,
     tokens_per_s,
@@ -55,7 +54,7 @@ def _headline(found: Forecast) -> list[RenderableType]:
         *_other_form(found),
         line(
             f"  planned in {found.plan_seconds:.2f} s ({found.plan_cpu_seconds:.2f} s of CPU); "
-            f"the whole request takes {seconds_text(request_seconds(found))}"
+            f"the whole request takes {seconds_text(found.seconds)}"
         ),
         line(f"  times: {describe(found.cost)}"),
         line(""),

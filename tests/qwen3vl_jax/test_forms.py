@@ -26,7 +26,6 @@ from qwen3vl_jax.inputs import parts, prepare
 from qwen3vl_jax.planned.best_batch import dry_run_best_batch
 from qwen3vl_jax.planned.dry_run import dry_run_of, run_figures
 from qwen3vl_jax.planned.forecast import forecast
-from qwen3vl_jax.planned.forecast_data import request_seconds
 from qwen3vl_jax.planned.forms import CHOICE_S, Setting, choose
 from qwen3vl_jax.planned.loading import Budgets
 from qwen3vl_jax.planned.long_requests import borders_s
@@ -81,7 +80,7 @@ def seconds(where: str, request: Request) -> float:
         found = forecast(CONFIG, here, request, dtype=FLOAT32, plan_seconds=CHOICE_S)
     except DoesNotFitError:
         return math.inf
-    return request_seconds(found)
+    return found.seconds
 
 
 def chosen(here: Machine, request: Request) -> Request:
