@@ -29,7 +29,7 @@ from qwen3vl_jax.model import Qwen3VL
 from qwen3vl_jax.parameters import kv_of, named_dtype
 from qwen3vl_jax.planned.encoded_store import Place, encoded_store
 from qwen3vl_jax.planned.granularity import WORKING_BYTES, choose_granularity, vocab_blocks
-from qwen3vl_jax.planned.options import ALWAYS, AUTO, FASTER, LEVELS, NEEDED, NEVER, check_forms
+from qwen3vl_jax.planned.options import ALWAYS, FASTER, LEVELS, NEEDED, check_forms, leaves_open
 from qwen3vl_jax.planned.rows import EmbeddingRows
 from qwen3vl_jax.planned.runner import PlannedRunner
 from qwen3vl_jax.planned.shapes import check_context
@@ -62,7 +62,7 @@ class Budgets:
     @property
     def asked(self) -> bool:
         """Whether anything is limited or left to plans, so that a plan is wanted."""
-        if self.chunk == AUTO or self.kv_blocks not in (NEEDED, NEVER):
+        if leaves_open(self.kv_blocks, self.chunk):
             return True
         usual: dict[str, Any] = {"plan_seconds": None, "level": "minimal", "kv": None}
         usual |= {"kv_blocks": NEEDED, "chunk": PREFILL_CHUNK}

@@ -94,6 +94,11 @@ def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*names, *more)}
 
 
+def leaves_open(kv_blocks: str, chunk: int | str) -> bool:
+    """Whether a form of a KV cache or a chunk is to be chosen, though the usual ones would fit."""
+    return kv_blocks not in (NEEDED, NEVER) or chunk == AUTO
+
+
 def check_forms(kv_blocks: str, chunk: int | str) -> None:
     """Whether there are such forms of a KV cache, and such chunks of a prompt.
 

@@ -9,7 +9,7 @@ import numpy as np
 from qwen3vl_jax.buckets import PREFILL_CHUNK
 from qwen3vl_jax.config import Config
 from qwen3vl_jax.errors import UsageError
-from qwen3vl_jax.planned.options import AUTO, NEEDED, NEVER, check_forms
+from qwen3vl_jax.planned.options import NEEDED, check_forms, leaves_open
 from qwen3vl_jax.positions import Grid
 from qwen3vl_jax.processing.images import MAX_ASPECT_RATIO, smart_resize
 from qwen3vl_jax.processing.media_config import Limits, PixelSettings
@@ -74,7 +74,7 @@ class Request:
     @property
     def decided(self) -> bool:
         """Whether nothing is left to be chosen, unless it does not fit."""
-        return self.kv_blocks in (NEEDED, NEVER) and self.chunk != AUTO
+        return not leaves_open(self.kv_blocks, self.chunk)
 
     @property
     def form_text(self) -> str:
